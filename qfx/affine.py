@@ -1,0 +1,134 @@
+"""Affine quantization as pure tensor maths: no graph, no module, any device.
+
+All functions share one meaning of ``(axis, group_size)``, with ``scale`` and ``zero_point`` of the shape given:
+
+====================  =============================  ==========================================
+``axis, group_size``  granularity                    shape of scale
+====================  =============================  ==========================================
+``None, None``        per tensor                     ``[]``
+``a, None``           per axis                       ``[x.shape[a]]``
+``a, g``              per group of g along a         ``x.shape`` with axis a replaced by ceil(K / g)
+``a, -1``             per token (whole axis)         ``x.shape`` with axis a replaced by 1
+====================  =============================  ==========================================
+
+``q = clamp(round_half_even(x * (1 / scale)) + zero_point, quant_min, quant_max)``, computed in float32, as torch's own
+fake-quantize does; ``x' = (q - zero_point) * scale``. Method: Jacob et al., 2018 (arXiv:1712.05877), equation 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_SCALE = 2.0**-60
+"""Smallest scale: far below any range of real data, and the product of two of them is still a normal float32."""
+
+
+def expand_qparam(p: Tensor, x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """``p`` of the shape in the table above, viewed or repeated so that it broadcasts against ``x``."""
+    if axis is None or p.ndim == 0:
+        return p
+    axis = axis % x.ndim
+    if group_size is None:
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        return p.reshape(shape)
+    if group_size == -1:
+        return p
+    return p.repeat_interleave(group_size, dim=axis).narrow(axis, 0, x.shape[axis])
+
+
+def min_max(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of ``x``, each of the scale's shape."""
+    if axis is None:
+        low, high = torch.aminmax(x)
+        return low, high
+    axis = axis % x.ndim
+    if group_size is None:
+        if x.ndim == 1:
+            return x, x
+        flat = x.movedim(axis, 0).flatten(1)
+        return flat.amin(1), flat.amax(1)
+    if group_size == -1:
+        return x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+    rows = x.movedim(axis, -1)
+    missing = -rows.shape[-1] % group_size
+    if missing:  # the ragged last group: repeat its last element, which changes neither extreme
+        rows = torch.cat([rows, rows[..., -1:].expand(*rows.shape[:-1], missing)], dim=-1)
+    grouped = rows.unflatten(-1, (-1, group_size))
+    return grouped.amin(-1).movedim(-1, axis), grouped.amax(-1).movedim(-1, axis)
+
+
+def choose_qparams(
+    low: Tensor, high: Tensor, *, symmetric: bool, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero point (int32) for the range ``[low, high]``, elementwise; zero is exactly representable.
+
+    Symmetric: ``scale = max(|low|, |high|) / ((quant_max - quant_min) / 2)`` with the zero point in the middle
+    (0 for signed, 128 for unsigned 8 bits). Affine: the range is widened to hold zero. Scales are at least
+    :data:`MIN_SCALE`, so that constant, all-zero and tiny ranges stay finite.
+    """
+    low = low.float().clamp(max=0.0)
+    high = high.float().clamp(min=0.0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / (float(quant_max - quant_min) / 2)
+        scale = scale.clamp(min=MIN_SCALE)
+        return scale, torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int32)
+    scale = ((high - low) / float(quant_max - quant_min)).clamp(min=MIN_SCALE)
+    zero_point = quant_min - torch.round(low / scale)
+    return scale, zero_point.clamp(quant_min, quant_max).to(torch.int32)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Integers of ``dtype`` (uint8, int8 or int32), same shape as ``x``. NaN becomes the zero point."""
+    inverse = expand_qparam(1.0 / scale, x, axis, group_size)
+    offset = expand_qparam(zero_point, x, axis, group_size).to(torch.float32)
+    q = torch.round(x.float() * inverse).nan_to_num(nan=0.0) + offset
+    return q.clamp(quant_min, quant_max).to(dtype)
+
+
+def dequantize(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``(q - zero_point) * scale`` as ``dtype``, same shape as ``q``; the difference is exact."""
+    offset = expand_qparam(zero_point, q, axis, group_size)
+    difference = q.to(torch.int32) - offset
+    return (difference.to(torch.float32) * expand_qparam(scale, q, axis, group_size)).to(dtype)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    quant_min: int,
+    quant_max: int,
+) -> tuple[Tensor, Tensor]:
+    """``dequantize(quantize(x))`` in x's dtype, and the mask (bool) of elements inside the representable range.
+
+    The mask is the straight-through estimator's gradient: 1 where ``quant_min <= round(x / scale) + zero_point <=
+    quant_max``, else 0. Method: Jacob et al., 2018, section 3.
+    """
+    inverse = expand_qparam(1.0 / scale, x, axis, group_size)
+    offset = expand_qparam(zero_point, x, axis, group_size).to(torch.float32)
+    q = torch.round(x.float() * inverse).nan_to_num(nan=0.0) + offset
+    mask = (q >= quant_min) & (q <= quant_max)
+    return ((q.clamp(quant_min, quant_max) - offset) * expand_qparam(scale, x, axis, group_size)).to(x.dtype), mask

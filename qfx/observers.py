@@ -1,0 +1,336 @@
+"""Observers: what they see of a tensor decides the range that becomes its scale.
+
+An observer is a module without parameters, built by ``factory(spec)``; the classes here are such factories, and
+``Histogram.with_options(bins=512)`` makes one that still compares and hashes as a value. ``observe(x)`` takes a
+floating-point tensor of any shape; ``range()`` gives ``(low, high)`` of the scale's shape. Ranges follow the spec's
+granularity, so MinMax on a ``PerAxis`` spec is the per-channel observer.
+
+To plug in one's own: subclass :class:`Observer`, write ``observe`` and ``range``, and name the class in a QuantSpec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfx import affine
+from qfx.errors import CalibrationError, ConfigError
+from qfx.spec import PerTensor, QuantSpec, Scheme
+
+
+@dataclass(frozen=True)
+class Factory:
+    """An observer class with options, as a value."""
+
+    observer: type[Observer]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, spec: QuantSpec) -> Observer:
+        return self.observer(spec, **dict(self.options))
+
+    def __str__(self) -> str:
+        return f"{self.observer.__name__}({', '.join(f'{k}={v}' for k, v in self.options)})"
+
+
+class Observer(nn.Module):
+    """Base class. ``seen`` says whether any data has been observed; ``layer`` is named in errors."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.axis, self.group_size = spec.granularity.layout()
+        self.layer = ""
+        self.seen = False
+
+    @classmethod
+    def with_options(cls, **options: Any) -> Factory:
+        """A factory of this class with keyword options; equal options give equal factories."""
+        return Factory(cls, tuple(sorted(options.items())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe ``x`` and return it unchanged. Empty tensors are ignored.
+
+        Raises:
+            CalibrationError: ``x`` holds NaN or infinity; the text names the layer.
+        """
+        if x.numel():
+            self.observe(x.detach())
+            self.seen = True
+        return x
+
+    def observe(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The range that the scale shall cover: two float32 tensors of the scale's shape."""
+        raise NotImplementedError
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int32) for what was seen."""
+        low, high = self.range()
+        return affine.choose_qparams(
+            low,
+            high,
+            symmetric=self.spec.scheme is Scheme.SYMMETRIC,
+            quant_min=self.spec.quant_min,
+            quant_max=self.spec.quant_max,
+        )
+
+    def min_max(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Finite extremes of ``x`` at the spec's granularity, float32."""
+        low, high = affine.min_max(x, self.axis, self.group_size)
+        low, high = low.float(), high.float()
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            kind = "NaN" if bool(torch.isnan(x).any()) else "infinity"
+            raise CalibrationError(
+                f"calibration data give {kind} here",
+                where=self.layer,
+                hint="look for a division by zero, an unmasked -inf or a half-precision overflow before this layer, "
+                "or leave the layer float with Recipe.skip",
+            )
+        return low, high
+
+
+class MinMax(Observer):
+    """The extremes of all data seen, per tensor, per channel or per group."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("low", torch.zeros(0))
+        self.register_buffer("high", torch.zeros(0))
+
+    def observe(self, x: Tensor) -> None:
+        low, high = self.min_max(x)
+        self.low, self.high = (torch.minimum(self.low, low), torch.maximum(self.high, high)) if self.seen else (low, high)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        return self.low, self.high
+
+
+class MovingAverageMinMax(MinMax):
+    """Exponential moving average of every batch's extremes: ``r += averaging_constant * (batch - r)``.
+
+    Method: Jacob et al., 2018 (arXiv:1712.05877), section 3.1.
+    """
+
+    def __init__(self, spec: QuantSpec, averaging_constant: float = 0.01) -> None:
+        super().__init__(spec)
+        if not 0.0 < averaging_constant <= 1.0:
+            raise ConfigError(f"averaging_constant lies in (0, 1], got {averaging_constant}")
+        self.averaging_constant = averaging_constant
+
+    def observe(self, x: Tensor) -> None:
+        low, high = self.min_max(x)
+        if self.seen:
+            low = torch.lerp(self.low, low, self.averaging_constant)
+            high = torch.lerp(self.high, high, self.averaging_constant)
+        self.low, self.high = low, high
+
+
+class _Binned(Observer):
+    """Counts of values in equal bins over a range that grows as data demand; per tensor only.
+
+    When the range grows by k, k neighbouring bins become one, so no count is ever split between bins. Exact zeros
+    are counted apart: they have no rounding error.
+    """
+
+    counts: Tensor
+
+    def __init__(self, spec: QuantSpec, bins: int = 2048) -> None:
+        super().__init__(spec)
+        if not isinstance(spec.granularity, PerTensor):
+            raise ConfigError(
+                f"{type(self).__name__} observes per tensor, the spec asks for {spec.granularity}",
+                hint="use MinMax or Mse for weights and other per-channel specs",
+            )
+        self.bins = bins
+        self.low = self.width = 0.0
+        self.extremes = (0.0, 0.0)
+        self.register_buffer("counts", torch.zeros(bins, dtype=torch.float64))
+
+    def observe(self, x: Tensor) -> None:
+        low, high = (float(t) for t in self.min_max(x))
+        if not self.seen:
+            self.extremes = (low, high)
+            self.low = low
+            self.width = max((high - low) / self.bins, abs(low) * 2.0**-16, abs(high) * 2.0**-16, 2.0**-100)
+        else:
+            self.extremes = (min(low, self.extremes[0]), max(high, self.extremes[1]))
+            self._grow(low, high)
+        x = x.float()
+        end = self.low + self.width * self.bins
+        fresh = torch.histc(x, bins=self.bins, min=self.low, max=end).double()
+        if self.low <= 0.0 <= end:
+            at_zero = min(int(-self.low / self.width), self.bins - 1)
+            fresh[at_zero] = (fresh[at_zero] - (x == 0).sum()).clamp(min=0)
+        self.counts += fresh
+
+    def _grow(self, low: float, high: float) -> None:
+        below = max(0, int((self.low - low) / self.width) + 1) if low < self.low else 0
+        above = max(0, int((high - self.low) / self.width) + 1 - self.bins)
+        if not below and not above:
+            return
+        factor = -(-(self.bins + below + above) // self.bins)
+        index = (torch.arange(self.bins, device=self.counts.device) + below) // factor
+        self.counts = torch.zeros_like(self.counts).index_add_(0, index, self.counts)
+        self.low -= below * self.width
+        self.width *= factor
+
+    def edges(self) -> Tensor:
+        """The ``bins + 1`` edges, float64."""
+        steps = torch.arange(self.bins + 1, dtype=torch.float64, device=self.counts.device)
+        return self.low + self.width * steps
+
+    def as_range(self, low: float, high: float) -> tuple[Tensor, Tensor]:
+        return torch.tensor(low, device=self.counts.device), torch.tensor(high, device=self.counts.device)
+
+
+class Percentile(_Binned):
+    """Clips so that ``percentile`` per cent of the values lie inside, the rest split evenly over both tails."""
+
+    def __init__(self, spec: QuantSpec, percentile: float = 99.99, bins: int = 2048) -> None:
+        super().__init__(spec, bins)
+        if not 50.0 < percentile <= 100.0:
+            raise ConfigError(f"percentile lies in (50, 100], got {percentile}")
+        self.percentile = percentile
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        total = self.counts.cumsum(0)
+        tail = (1.0 - self.percentile / 100.0) / 2 * float(total[-1])
+        edges = self.edges()
+        first = int(torch.searchsorted(total, tail, right=True))
+        last = int(torch.searchsorted(total, float(total[-1]) - tail))
+        low = max(float(edges[min(first, self.bins)]), self.extremes[0])
+        high = min(float(edges[min(last + 1, self.bins)]), self.extremes[1])
+        return self.as_range(low, high)
+
+
+class Histogram(_Binned):
+    """Clips where the expected squared error of clipping plus rounding is smallest.
+
+    For a range [a, b] with n steps, values inside are off by ``step^2 / 12`` on average (uniform rounding error),
+    values outside by their squared distance. Both come from cumulative moments of the histogram, so that thousands
+    of candidate ranges cost one table look-up each. Method: minimal mean squared error clipping, as in Banner et al.,
+    2019 (arXiv:1810.05723), on the empirical distribution.
+    """
+
+    candidates = 96
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        low, high = min(self.extremes[0], 0.0), max(self.extremes[1], 0.0)
+        if not float(self.counts.sum()) or low == high:
+            return self.as_range(low, high)
+        device = self.counts.device
+        ratios = torch.linspace(1.0 / self.candidates, 1.0, self.candidates, dtype=torch.float64, device=device)
+        lows, highs = self._pairs(ratios, low, high)
+        for _ in range(2):  # once over the whole range, once more closely around the best
+            best = int(self._error(lows, highs).argmin())
+            chosen = float(lows[best]), float(highs[best])
+            near = 1.0 + (ratios - ratios.mean()) * (2.0 / self.candidates) * max(
+                high / max(chosen[1], 2.0**-60), low / min(chosen[0], -(2.0**-60)), 1.0
+            )
+            lows, highs = self._pairs(near.clamp(min=1.0 / self.candidates), *chosen)
+            lows, highs = lows.clamp(min=low), highs.clamp(max=high)
+        best = int(self._error(lows, highs).argmin())
+        return self.as_range(float(lows[best]), float(highs[best]))
+
+    def _pairs(self, ratios: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+        if self.spec.scheme is Scheme.SYMMETRIC:
+            bound = ratios * max(-low, high)
+            return -bound, bound
+        lows = ratios * low if low < 0 else ratios.new_zeros(1)
+        highs = ratios * high if high > 0 else ratios.new_zeros(1)
+        grid = torch.cartesian_prod(lows, highs)
+        return grid[:, 0], grid[:, 1]
+
+    def _error(self, low: Tensor, high: Tensor) -> Tensor:
+        edges = self.edges()
+        centres = (edges[:-1] + edges[1:]) / 2
+        moments = [
+            torch.cat([self.counts.new_zeros(1), (self.counts * centres**k).cumsum(0)]) for k in range(3)
+        ]
+
+        def below(moment: Tensor, x: Tensor) -> Tensor:
+            place = ((x - self.low) / self.width).clamp(0, self.bins)
+            left = place.floor().long().clamp(max=self.bins - 1)
+            return torch.lerp(moment[left], moment[left + 1], place - left)
+
+        under = [below(m, low) for m in moments]
+        over = [m[-1] - below(m, high) for m in moments]
+        clipped = sum(m2 - 2 * x * m1 + x * x * m0 for x, (m0, m1, m2) in ((low, under), (high, over)))
+        step = (high - low) / float(self.spec.quant_max - self.spec.quant_min)
+        inside = moments[0][-1] - under[0] - over[0]
+        return inside * step**2 / 12 + clipped
+
+
+class Mse(Observer):
+    """Clips by the factor, out of ``steps`` in (0.2, 1], whose squared error on the data themselves is smallest.
+
+    Works at every granularity. Over several batches the ranges are averaged. Method: grid search as in
+    Choukroun et al., 2019 (arXiv:1902.06822).
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, spec: QuantSpec, steps: int = 80) -> None:
+        super().__init__(spec)
+        self.steps = steps
+        self.batches = 0
+        self.register_buffer("low", torch.zeros(0))
+        self.register_buffer("high", torch.zeros(0))
+
+    def observe(self, x: Tensor) -> None:
+        low, high = self.min_max(x)
+        x = x.float()
+        best = torch.full_like(low, torch.inf)
+        best_low, best_high = low, high
+        for ratio in torch.linspace(1.0, 0.2, self.steps).tolist():
+            scale, zero_point = affine.choose_qparams(
+                low * ratio,
+                high * ratio,
+                symmetric=self.spec.scheme is Scheme.SYMMETRIC,
+                quant_min=self.spec.quant_min,
+                quant_max=self.spec.quant_max,
+            )
+            rounded, _ = affine.fake_quantize(
+                x,
+                scale,
+                zero_point,
+                axis=self.axis,
+                group_size=self.group_size,
+                quant_min=self.spec.quant_min,
+                quant_max=self.spec.quant_max,
+            )
+            error = self._reduce((rounded - x).square())
+            better = error < best
+            best = torch.where(better, error, best)
+            best_low = torch.where(better, low * ratio, best_low)
+            best_high = torch.where(better, high * ratio, best_high)
+        self.batches += 1
+        if self.seen:
+            best_low = self.low + (best_low - self.low) / self.batches
+            best_high = self.high + (best_high - self.high) / self.batches
+        self.low, self.high = best_low, best_high
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        return self.low, self.high
+
+    def _reduce(self, error: Tensor) -> Tensor:
+        """Sum of squared errors at the scale's shape."""
+        if self.axis is None:
+            return error.sum()
+        axis = self.axis % error.ndim
+        if self.group_size is None:
+            return error.movedim(axis, 0).flatten(1).sum(1) if error.ndim > 1 else error
+        if self.group_size == -1:
+            return error.sum(axis, keepdim=True)
+        rows = error.movedim(axis, -1)
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.group_size))
+        return rows.unflatten(-1, (-1, self.group_size)).sum(-1).movedim(-1, axis)

@@ -1,0 +1,185 @@
+"""qfx's operators, ``torch.ops.qfx.*``: what stands in a CONVERTED graph.
+
+Plain tensors in and out: ``torch.uint8``, ``torch.int8``, ``torch.int32``. Meaning and shapes of ``axis``,
+``group_size``, ``scale`` and ``zero_point`` are those of :mod:`qfx.affine`. On the CPU the C++ loops of
+:mod:`qfx.kernels` run them; other devices run the ATen formulas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qfx import affine, kernels
+
+_LIBRARY = torch.library.Library("qfx", "DEF")
+
+_SCHEMAS = (
+    "quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int? group_size, int quant_min, int quant_max,"
+    " ScalarType dtype) -> Tensor",
+    "dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, int? group_size, ScalarType dtype) -> Tensor",
+    "choose_qparams(Tensor x, int? axis, int? group_size, bool symmetric, int quant_min, int quant_max)"
+    " -> (Tensor, Tensor)",
+    "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int? group_size, int quant_min,"
+    " int quant_max) -> (Tensor, Tensor)",
+    "unpack(Tensor packed, int bits, bool signed, int length) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)
+
+
+# --- storage of narrow integers: several per byte, lowest bits first, along the last axis ---------------------------
+
+
+def storage_bits(bits: int) -> int:
+    """Bits that one element takes in storage: 2 for 2, 4 for 3 and 4, 8 for 5 to 8."""
+    return 2 if bits <= 2 else 4 if bits <= 4 else 8
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """Pack integers of ``bits`` along the last axis into uint8, shape ``[..., ceil(K * storage_bits / 8)]``."""
+    width = storage_bits(bits)
+    if width == 8:
+        return q
+    per_byte = 8 // width
+    low = q.view(torch.uint8) & ((1 << width) - 1)
+    low = torch.nn.functional.pad(low, (0, -low.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=q.device)
+    return (low << shifts).sum(-1, dtype=torch.int32).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, signed: bool, length: int) -> Tensor:
+    """The inverse of :func:`pack`: int8 (signed) or uint8 of ``[..., length]``."""
+    width = storage_bits(bits)
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    q = ((packed.unsqueeze(-1) >> shifts) & ((1 << width) - 1)).flatten(-2)[..., :length]
+    if not signed:
+        return q.contiguous()
+    sign = 1 << (width - 1)
+    return ((q ^ sign).to(torch.int16) - sign).to(torch.int8)
+
+
+# --- implementations ------------------------------------------------------------------------------------------------
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return affine.quantize(
+        x, scale, zero_point, axis=axis, group_size=group_size, quant_min=quant_min, quant_max=quant_max, dtype=dtype
+    )
+
+
+def _dequantize(
+    q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group_size: int | None, dtype: torch.dtype
+) -> Tensor:
+    return affine.dequantize(q, scale, zero_point, axis=axis, group_size=group_size, dtype=dtype)
+
+
+def _choose_qparams(
+    x: Tensor, axis: int | None, group_size: int | None, symmetric: bool, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor]:
+    low, high = affine.min_max(x.detach(), axis, group_size)
+    return affine.choose_qparams(low, high, symmetric=symmetric, quant_min=quant_min, quant_max=quant_max)
+
+
+def _fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    quant_min: int,
+    quant_max: int,
+) -> tuple[Tensor, Tensor]:
+    return affine.fake_quantize(
+        x, scale, zero_point, axis=axis, group_size=group_size, quant_min=quant_min, quant_max=quant_max
+    )
+
+
+def _kernel_dequantize(
+    q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group_size: int | None, dtype: torch.dtype
+) -> Tensor:
+    return kernels.dequantize(q, scale, zero_point, axis, group_size).to(dtype)
+
+
+for _name, _cpu, _any in (
+    ("quantize", kernels.quantize, _quantize),
+    ("dequantize", _kernel_dequantize, _dequantize),
+    ("choose_qparams", _choose_qparams, _choose_qparams),
+    ("fake_quantize", kernels.fake_quantize, _fake_quantize),
+    ("unpack", unpack, unpack),
+):
+    _LIBRARY.impl(_name, _cpu, "CPU")
+    _LIBRARY.impl(_name, _any, "CUDA")
+
+
+# --- shapes without data ----------------------------------------------------------------------------------------------
+
+
+def _scale_shape(x: Tensor, axis: int | None, group_size: int | None) -> list[Any]:
+    if axis is None:
+        return []
+    axis = axis % x.ndim
+    if group_size is None:
+        return [x.shape[axis]]
+    shape = list(x.shape)
+    shape[axis] = 1 if group_size == -1 else -(-shape[axis] // group_size)
+    return shape
+
+
+@torch.library.register_fake("qfx::quantize", lib=_LIBRARY)
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, low: int, high: int, dtype: Any) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@torch.library.register_fake("qfx::dequantize", lib=_LIBRARY)
+def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, dtype: Any) -> Tensor:
+    return torch.empty_like(q, dtype=dtype)
+
+
+@torch.library.register_fake("qfx::choose_qparams", lib=_LIBRARY)
+def _(x: Tensor, axis: Any, group_size: Any, symmetric: bool, low: int, high: int) -> tuple[Tensor, Tensor]:
+    shape = _scale_shape(x, axis, group_size)
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.register_fake("qfx::fake_quantize", lib=_LIBRARY)
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, low: int, high: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+
+
+@torch.library.register_fake("qfx::unpack", lib=_LIBRARY)
+def _(packed: Tensor, bits: int, signed: bool, length: int) -> Tensor:
+    return packed.new_empty([*packed.shape[:-1], length], dtype=torch.int8 if signed else torch.uint8)
+
+
+# --- the straight-through estimator -----------------------------------------------------------------------------------
+
+
+def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _straight_through(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    (mask,) = ctx.saved_tensors
+    return grad * mask, None, None, None, None, None, None
+
+
+torch.library.register_autograd("qfx::fake_quantize", _straight_through, setup_context=_save_mask, lib=_LIBRARY)
+
+quantize = torch.ops.qfx.quantize.default
+dequantize = torch.ops.qfx.dequantize.default
+choose_qparams = torch.ops.qfx.choose_qparams.default
+fake_quantize = torch.ops.qfx.fake_quantize.default
+unpack_op = torch.ops.qfx.unpack.default

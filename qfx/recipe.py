@@ -1,0 +1,231 @@
+"""Recipes: which layer is quantized how, as an ordered table of rules that is a value.
+
+The first rule that matches a node decides. A rule matches by operator (``op="linear"``), by layer path
+(``layer="encoder.*"``), by module class (``module="Attention"``), or by several together; all take shell patterns.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from qfx.errors import ConfigError
+from qfx.observers import Histogram, MinMax
+from qfx.spec import (
+    INT4,
+    INT8,
+    UINT8,
+    IntType,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QConfig,
+    QuantSpec,
+    Scheme,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What rules look at: an operator at a place of the user's model."""
+
+    op: str
+    layer: str
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantRule:
+    """``qconfig`` for what matches, or None: it stays float. ``why`` is shown in the table.
+
+    A pattern that is None matches all. ``layer`` matches the path itself or any parent of it, so that ``"encoder"``
+    means everything inside. ``own`` marks a preset's rule: a rule of the user's that matches nothing is an error.
+    """
+
+    qconfig: QConfig | None
+    op: str | None = None
+    layer: str | None = None
+    module: str | None = None
+    why: str = ""
+    own: bool = False
+
+    def matches(self, subject: Subject) -> bool:
+        return (
+            (self.op is None or fnmatchcase(subject.op, self.op))
+            and (self.layer is None or any(fnmatchcase(path, self.layer) for path in _with_parents(subject.layer)))
+            and (self.module is None or any(fnmatchcase(name, self.module) for name in subject.modules))
+        )
+
+    def __str__(self) -> str:
+        where = [f"{k}={v!r}" for k, v in (("op", self.op), ("layer", self.layer), ("module", self.module)) if v]
+        return f"{' '.join(where) or 'everything'}: {self.qconfig or 'float'}" + (f" ({self.why})" if self.why else "")
+
+
+def _with_parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+class _Keep:
+    """The part of a QConfig that ``Recipe.set`` leaves as the recipe's default."""
+
+    def __repr__(self) -> str:
+        return "KEEP"
+
+
+KEEP = _Keep()
+Part = QuantSpec | int | None | _Keep
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered table of rules over a default.
+
+    ``reduce_range`` observes activations in 7 bits, for CPUs whose 8-bit kernels saturate. Recipes print, compare and
+    hash as values; every method returns a new one.
+    """
+
+    name: str
+    default: QConfig
+    rules: tuple[QuantRule, ...] = ()
+    reduce_range: bool = False
+
+    # --- presets ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str) -> Recipe:
+        """The preset of that name: ``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``.
+
+        Raises:
+            ConfigError: there is no such preset; the text lists those there are.
+        """
+        if name not in PRESETS:
+            near = difflib.get_close_matches(str(name), PRESETS, n=1)
+            raise ConfigError(
+                f"there is no recipe {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                hint="choose one of " + ", ".join(PRESETS) + ", or pass a Recipe",
+            )
+        return PRESETS[name]
+
+    @classmethod
+    def int8(cls) -> Recipe:
+        """Static W8A8: unsigned affine activations per tensor, signed symmetric weights per channel."""
+        return PRESETS["int8"]
+
+    @classmethod
+    def int8_dynamic(cls) -> Recipe:
+        """Linear layers with int8 weights per channel and activations quantized per token at run time."""
+        return PRESETS["int8_dynamic"]
+
+    @classmethod
+    def w8a16(cls) -> Recipe:
+        """Linear weights in 8 bits per channel, everything else as it is."""
+        return PRESETS["w8a16"]
+
+    @classmethod
+    def w4a16(cls, group_size: int = 128) -> Recipe:
+        """Linear weights in 4 bits per group of 32, 64 or 128, everything else as it is."""
+        return _weight_only(f"w4a16_g{group_size}", replace(_WEIGHT4, granularity=PerGroup(group_size)))
+
+    # --- refinement ---------------------------------------------------------------------------------------------
+
+    def skip(
+        self, layer: str | type[nn.Module] | None = None, *, op: str | None = None, module: str | None = None, why: str = ""
+    ) -> Recipe:
+        """Leave what matches in float. ``layer`` is a path pattern, or a module class."""
+        return self._with(layer, op, module, None, why or "the recipe skips it")
+
+    def set(
+        self,
+        layer: str | type[nn.Module] | None = None,
+        *,
+        op: str | None = None,
+        module: str | None = None,
+        weight: Part = KEEP,
+        activation: Part = KEEP,
+        why: str = "",
+    ) -> Recipe:
+        """Quantize what matches with other specs: a QuantSpec, a number of bits, or None for float.
+
+        Parts that are not named are the recipe's default.
+        """
+        qconfig = QConfig(
+            activation=_part(activation, self.default.activation, "activation"),
+            weight=_part(weight, self.default.weight, "weight"),
+        )
+        return self._with(layer, op, module, qconfig, why or "the recipe sets it")
+
+    def _with(
+        self,
+        layer: str | type[nn.Module] | None,
+        op: str | None,
+        module: str | None,
+        qconfig: QConfig | None,
+        why: str,
+    ) -> Recipe:
+        if isinstance(layer, type):
+            layer, module = None, layer.__name__
+        if layer is None and op is None and module is None:
+            raise ConfigError("a rule needs a layer, an op or a module to match")
+        return replace(self, rules=(QuantRule(qconfig, op, layer, module, why), *self.rules))
+
+    # --- resolution ---------------------------------------------------------------------------------------------
+
+    def resolve(self, subject: Subject) -> tuple[QConfig | None, str]:
+        """The QConfig for a node, or None (float), with the words of the rule that decided."""
+        rule = next((rule for rule in self.rules if rule.matches(subject)), None)
+        qconfig = self.default if rule is None else rule.qconfig
+        if qconfig is not None and self.reduce_range and qconfig.activation is not None:
+            qconfig = replace(qconfig, activation=_reduced(qconfig.activation))
+        return qconfig, (rule.why if rule else "")
+
+    def unmatched(self, subjects: Collection[Subject]) -> tuple[QuantRule, ...]:
+        """The user's rules that match none of ``subjects``."""
+        return tuple(r for r in self.rules if not r.own and not any(r.matches(s) for s in subjects))
+
+    def __str__(self) -> str:
+        lines = [f"Recipe {self.name}" + (" with reduced range" if self.reduce_range else "")]
+        lines += [f"  {i}. {rule}" for i, rule in enumerate(self.rules, 1)]
+        return "\n".join([*lines, f"  else: {self.default}"])
+
+
+def _part(part: Part, default: QuantSpec | None, what: str) -> QuantSpec | None:
+    if isinstance(part, _Keep):
+        return default
+    if isinstance(part, int):
+        if default is None:
+            raise ConfigError(f"this recipe leaves the {what} float, so {part} bits need a whole QuantSpec")
+        return replace(default, element=IntType(part, default.element.signed))
+    return part
+
+
+def _reduced(spec: QuantSpec) -> QuantSpec:
+    return replace(spec, element=IntType(min(spec.bits, 7), spec.element.signed))
+
+
+_ACTIVATION8 = QuantSpec(UINT8, Scheme.AFFINE, PerTensor(), Histogram)
+_TOKEN8 = QuantSpec(INT8, Scheme.SYMMETRIC, PerToken(), dynamic=True)
+_WEIGHT8 = QuantSpec(INT8, Scheme.SYMMETRIC, PerAxis(0), MinMax)
+_WEIGHT4 = QuantSpec(INT4, Scheme.SYMMETRIC, PerGroup(128), MinMax)
+
+
+def _linear_only(name: str, default: QConfig) -> Recipe:
+    why = f"{name} quantizes linear layers only"
+    return Recipe(name, default, (QuantRule(default, op="linear", own=True), QuantRule(None, why=why, own=True)))
+
+
+def _weight_only(name: str, weight: QuantSpec) -> Recipe:
+    return _linear_only(name, QConfig(None, weight))
+
+
+PRESETS: dict[str, Recipe] = {
+    "int8": Recipe("int8", QConfig(_ACTIVATION8, _WEIGHT8)),
+    "int8_dynamic": _linear_only("int8_dynamic", QConfig(_TOKEN8, _WEIGHT8)),
+    "w8a16": _weight_only("w8a16", _WEIGHT8),
+    "w4a16": _weight_only("w4a16", _WEIGHT4),
+}
