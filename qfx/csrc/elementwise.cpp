@@ -1,0 +1,85 @@
+// Elementwise functions of integers: table lookup, add and mul.
+
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+#include "numerics.h"
+#include "parallel.h"
+
+namespace {
+
+using namespace qfx;
+
+// out[i] = table[in[i] ^ flip]: flip 0x80 makes a table in the order of int8 values one in the order of their bytes.
+void lookup(const uint8_t* __restrict in, const uint8_t* __restrict table, uint8_t* __restrict out, int64_t n,
+            uint8_t flip) {
+  int64_t i = 0;
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+  // The table is four registers; a permute picks by seven bits out of two, the eighth bit chooses between the pairs.
+  const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64),
+                t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192),
+                flips = _mm512_set1_epi8(static_cast<char>(flip));
+  for (; i + 64 <= n; i += 64) {
+    const __m512i index = _mm512_xor_si512(_mm512_loadu_si512(in + i), flips);
+    const __m512i lower = _mm512_permutex2var_epi8(t0, index, t1), upper = _mm512_permutex2var_epi8(t2, index, t3);
+    _mm512_storeu_si512(out + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), lower, upper));
+  }
+#endif
+  for (; i < n; ++i) out[i] = table[in[i] ^ flip];
+}
+
+struct Affine {
+  float scale;
+  int32_t zero_point;
+};
+
+struct Output {
+  float inverse, zero_point, low, high, quant_min, quant_max;
+};
+
+// Real operands, low and high bound the real result (a fused relu or clamp).
+template <bool kMultiply, class A, class B, class T>
+void binary(const A* __restrict a, Affine in_a, const B* __restrict b, Affine in_b, T* __restrict out, Output to,
+            int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = dequantized(a[i], in_a.scale, in_a.zero_point), y = dequantized(b[i], in_b.scale, in_b.zero_point);
+    const float r = clamp(kMultiply ? x * y : x + y, to.low, to.high);
+    out[i] = quantized<T>(r, to.inverse, to.zero_point, to.quant_min, to.quant_max);
+  }
+}
+
+template <class T>
+using element = std::remove_pointer_t<T>;
+
+}  // namespace
+
+QFX_API void qfx_lookup(const uint8_t* q, const uint8_t* table, uint8_t* out, int64_t n, int kind, int threads) {
+  const uint8_t flip = kind == kInt8 ? 0x80 : 0;
+  parallel_for(n, 1, threads,
+               [&](int64_t begin, int64_t end) { lookup(q + begin, table, out + begin, end - begin, flip); });
+}
+
+QFX_API void qfx_binary(const void* a, const float* a_scale, const int32_t* a_zero_point, const void* b,
+                        const float* b_scale, const int32_t* b_zero_point, void* out, const float* out_scale,
+                        const int32_t* out_zero_point, int64_t n, float low, float high, float quant_min,
+                        float quant_max, int a_kind, int b_kind, int out_kind, int multiply, int threads) {
+  const Affine in_a = a_kind == kFloat32 ? Affine{1.0f, 0} : Affine{*a_scale, *a_zero_point};
+  const Affine in_b{*b_scale, *b_zero_point};
+  const Output to{1.0f / *out_scale, static_cast<float>(*out_zero_point), low, high, quant_min, quant_max};
+  with_number(a_kind, [&](auto* ta) {
+    with_integer(b_kind, [&](auto* tb) {
+      with_integer(out_kind, [&](auto* to_type) {
+        const auto* pa = static_cast<const element<decltype(ta)>*>(a);
+        const auto* pb = static_cast<const element<decltype(tb)>*>(b);
+        auto* po = static_cast<element<decltype(to_type)>*>(out);
+        parallel_for(n, 1, threads, [&](int64_t begin, int64_t end) {
+          const int64_t m = end - begin;
+          if (multiply) return binary<true>(pa + begin, in_a, pb + begin, in_b, po + begin, to, m);
+          return binary<false>(pa + begin, in_a, pb + begin, in_b, po + begin, to, m);
+        });
+      });
+    });
+  });
+}
