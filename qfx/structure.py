@@ -1,0 +1,190 @@
+"""The structure of a model's arguments and results: nested containers with tensors at their leaves, as a value.
+
+Unlike ``torch.utils._pytree`` it takes dataclasses and mappings that nobody registered, compares what is called with
+what was recorded in the user's terms, pickles, and comes back in a process in which a container's class is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qfx.errors import QfxWarning
+
+
+class ClassMissingWarning(QfxWarning):
+    """The class of a loaded model's result cannot be imported here; a dict or tuple takes its place."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor (in results a symbolic number too), by its position in the flat list."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Anything that is no tensor and no container; capture has baked it into the graph."""
+
+    value: Any
+
+
+class ClassRef:
+    """A class that pickles by name and copies as itself; where it cannot be imported, ``cls`` is None."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls: type | None = cls
+        self.name = f"{cls.__module__}:{cls.__qualname__}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClassRef:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClassRef) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __getstate__(self) -> str:
+        return self.name
+
+    def __setstate__(self, name: str) -> None:
+        self.name, self.cls = name, _find_class(name)
+
+
+def _find_class(name: str) -> type | None:
+    module, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        warnings.warn(f"{name} cannot be imported: a dict or tuple takes its place", ClassMissingWarning, stacklevel=2)
+        return None
+    return found if isinstance(found, type) else None
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container: its ``kind`` (a key of the tables below), class, keys and children."""
+
+    kind: str
+    cls: ClassRef
+    keys: tuple[Any, ...]
+    children: tuple[Structure, ...]
+    context: Any = None
+
+
+Structure = Leaf | Constant | Container
+
+
+def kind_of(value: Any) -> str | None:
+    """The kind of container that ``value`` is; None for a leaf or a constant."""
+    cls = type(value)
+    if cls is tuple or cls is list or cls is dict:
+        return str(cls.__name__)
+    if value is None or cls in _SCALARS or isinstance(value, (Tensor, type)):
+        return None
+    if isinstance(value, tuple):
+        return "namedtuple" if hasattr(value, "_fields") else "tuple"
+    if isinstance(value, Mapping):
+        return "record" if dataclasses.is_dataclass(value) else "mapping"
+    if dataclasses.is_dataclass(value):
+        return "dataclass"
+    if cls in pytree.SUPPORTED_NODES:
+        return "registered"
+    return "list" if isinstance(value, list) else None
+
+
+_SCALARS = frozenset({bool, int, float, str, bytes, complex, torch.dtype, torch.device})
+
+
+def parts(value: Any, kind: str) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
+    """The keys, the children and the context of a container of that kind."""
+    if kind in ("tuple", "list", "namedtuple"):
+        return tuple(range(len(value))), tuple(value), None
+    if kind in ("dict", "mapping", "record"):
+        return tuple(value.keys()), tuple(value.values()), None
+    if kind == "dataclass":
+        names = tuple(f.name for f in dataclasses.fields(value))
+        return names, tuple(getattr(value, n) for n in names), None
+    children, context = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
+    return tuple(range(len(children))), tuple(children), context
+
+
+def _dataclass(cls: type, keys: Sequence[Any], values: Sequence[Any], context: Any) -> Any:
+    init = {f.name for f in dataclasses.fields(cls) if f.init}
+    given = dict(zip(keys, values, strict=True))
+    made = cls(**{k: v for k, v in given.items() if k in init})
+    for name in given.keys() - init:
+        object.__setattr__(made, name, given[name])
+    return made
+
+
+_BUILD: dict[str, Callable[[type, Sequence[Any], Sequence[Any], Any], Any]] = {
+    "tuple": lambda cls, keys, values, _: cls(values),
+    "list": lambda cls, keys, values, _: cls(values),
+    "namedtuple": lambda cls, keys, values, _: cls(*values),
+    "dict": lambda cls, keys, values, _: dict(zip(keys, values, strict=True)),
+    "mapping": lambda cls, keys, values, _: cls(dict(zip(keys, values, strict=True))),
+    "record": lambda cls, keys, values, _: cls(**dict(zip(keys, values, strict=True))),
+    "dataclass": _dataclass,
+    "registered": lambda cls, keys, values, context: pytree.SUPPORTED_NODES[cls].unflatten_fn(list(values), context),
+}
+
+
+def flatten(value: Any) -> tuple[list[Any], Structure]:
+    """The tensors of ``value`` (and symbolic numbers) in order, and its structure."""
+    leaves: list[Any] = []
+
+    def walk(part: Any) -> Structure:
+        if isinstance(part, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            leaves.append(part)
+            return Leaf(len(leaves) - 1)
+        kind = kind_of(part)
+        if kind is None:
+            return Constant(part)
+        keys, children, context = parts(part, kind)
+        return Container(kind, ClassRef(type(part)), keys, tuple([walk(c) for c in children]), context)
+
+    return leaves, walk(value)
+
+
+def rebuild(structure: Structure, leaves: Sequence[Any]) -> Any:
+    """The value that :func:`flatten` took apart, with other leaves."""
+    if isinstance(structure, Leaf):
+        return leaves[structure.index]
+    if isinstance(structure, Constant):
+        return structure.value
+    values = [rebuild(child, leaves) for child in structure.children]
+    cls = structure.cls.cls
+    if cls is None:
+        named = structure.kind in ("mapping", "record", "dataclass")
+        return dict(zip(structure.keys, values, strict=True)) if named else tuple(values)
+    return _BUILD[structure.kind](cls, structure.keys, values, structure.context)
+
+
+def paths(structure: Structure, at: str = "") -> Iterator[tuple[str, Leaf | Constant]]:
+    """Every leaf and constant with its path in Python's spelling, such as ``batch['image']`` or ``states[0]``."""
+    if not isinstance(structure, Container):
+        yield at, structure
+        return
+    for key, child in zip(structure.keys, structure.children, strict=True):
+        yield from paths(child, step(structure.kind, at, key))
+
+
+def step(kind: str, at: str, key: Any) -> str:
+    """``at``, one key further down."""
+    return f"{at}.{key}" if kind in ("record", "dataclass") else f"{at}[{key!r}]"
