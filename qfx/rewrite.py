@@ -1,0 +1,79 @@
+"""Edits of a graph that passes share: insert constants and calls with their example values, tell constants apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+
+from qfx.attributes import get_tensor, set_buffer
+from qfx.meta import describe, set_value, value
+from qfx.operators import tensor_inputs
+
+
+def insert_buffer(gm: fx.GraphModule, path: str, tensor: Tensor, *, like: fx.Node) -> fx.Node:
+    """Register ``tensor`` as a buffer at ``path`` and insert its ``get_attr`` at the graph's insertion point."""
+    set_buffer(gm, path, tensor)
+    return insert_get(gm, path, like=like)
+
+
+def insert_get(gm: fx.GraphModule, path: str, *, like: fx.Node) -> fx.Node:
+    """Insert a ``get_attr`` of what is at ``path``; it inherits ``like``'s place in the user's model."""
+    node = gm.graph.get_attr(path)
+    node.meta.update(describe(like))
+    set_value(node, _fake(get_tensor(gm, path), like))
+    return node
+
+
+def insert_call(gm: fx.GraphModule, target: Any, *args: Any, like: fx.Node, name: str | None = None) -> fx.Node:
+    """Insert ``target(*args)`` at the graph's insertion point, with its example value computed on fake tensors."""
+    node = gm.graph.create_node("call_function", target, args, {}, name=name)
+    node.meta.update(describe(like))
+    set_value(node, propagate(target, args))
+    return node
+
+
+def propagate(target: Any, args: Any) -> Any:
+    """``target(*args)`` on the nodes' example values, or None where one has none."""
+    nodes: list[fx.Node] = []
+    fx.map_arg(args, lambda n: (nodes.append(n), n)[1])
+    values = [value(n) for n in nodes]
+    mode = detect_fake_mode(values)
+    if mode is None or any(v is None for v in values):
+        return None
+    with mode, torch.no_grad():
+        return target(*fx.map_arg(args, value))
+
+
+def _fake(tensor: Tensor, like: fx.Node) -> Any:
+    candidates = [value(like), *(value(n) for n in tensor_inputs(like))]
+    mode = detect_fake_mode([c for c in candidates if c is not None])
+    return None if mode is None else mode.from_tensor(tensor.detach(), static_shapes=True)
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """The value of a constant node (see :func:`qfx.operators.is_constant`), computed without gradients."""
+    if node.op == "get_attr":
+        return get_tensor(gm, str(node.target)).detach()
+    assert callable(node.target)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: evaluate(gm, n))
+    with torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def erase_dead(gm: fx.GraphModule, *nodes: fx.Node) -> None:
+    """Erase ``nodes`` where nobody reads them, and what only they read."""
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node._erased or node.users or node.op in ("placeholder", "output"):
+            continue
+        todo += dict.fromkeys(node.all_input_nodes)
+        gm.graph.erase_node(node)
+
+
+def replace_all(old: fx.Node, new: fx.Node) -> None:
+    """Let every reader of ``old`` read ``new`` instead, except ``new`` itself."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
