@@ -1,0 +1,176 @@
+"""One spelling for one operation; operations that do nothing in inference are gone.
+
+Before::
+
+    %d = dropout(%x, 0.5, False)
+    %t = t(%weight)
+    %y = addmm(%bias, %d, %t)
+    %c = conv2d.padding(%z, %w, None, [1, 1], 'same')
+
+After::
+
+    %y = linear(%x, %weight, %bias)
+    %c = conv2d(%z, %w, None, [1, 1], [1, 1])
+
+Declines when ``addmm`` scales its terms, when the right operand of ``mm`` or ``matmul`` is computed from inputs or has
+not two dimensions, and when padding ``'same'`` is not the same on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from qfx.meta import add_notes, describe, set_value, update, value
+from qfx.operators import argument, is_constant, name_of
+from qfx.origin import layer_path
+from qfx.patterns import Match, NoMatch, Rule, op
+from qfx.patterns import apply as apply_rules
+from qfx.pipeline import Stage
+from qfx.rewrite import erase_dead, insert_call
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Applies :data:`RULES` and records every node's layer path."""
+
+    name: ClassVar[str] = "canonicalize"
+    stage: ClassVar[tuple[Stage, Stage]] = (Stage.CAPTURED, Stage.CANONICAL)
+    writes: ClassVar[frozenset[str]] = frozenset({"origin"})
+
+    def run(self, gm: fx.GraphModule) -> int:
+        for node in gm.graph.nodes:
+            update(node, origin=layer_path(node))
+        return apply_rules(RULES, gm, notes="not canonicalized").rewrites
+
+
+def _always(match: Match) -> NoMatch | None:
+    return None
+
+
+def _unscaled(match: Match) -> NoMatch | None:
+    scaled = any(match["mm"].kwargs.get(k, 1) != 1 for k in ("alpha", "beta"))
+    return NoMatch("alpha or beta scales its terms", match["mm"]) if scaled else _constant_right(match, 2)
+
+
+def _constant_right(match: Match, position: int = 1) -> NoMatch | None:
+    right = match["mm"].args[position]
+    assert isinstance(right, fx.Node)
+    if not is_constant(right):
+        return NoMatch("its right operand is computed from inputs", match["mm"])
+    val = value(right)
+    if val is None or val.ndim != 2:
+        return NoMatch("its right operand has not two dimensions", match["mm"])
+    return None
+
+
+def _inactive(match: Match) -> NoMatch | None:
+    node = match["dropout"]
+    if argument(node, 2, "train", True) and argument(node, 1, "p", 0.5) != 0.0:
+        return NoMatch("the model drops out in eval mode too", node)
+    return None
+
+
+def _same_dtype(match: Match) -> NoMatch | None:
+    node = match["copy"]
+    before, after = value(node.args[0]), value(node)
+    if before is None or after is None or (before.dtype, before.device) != (after.dtype, after.device):
+        return NoMatch("it changes dtype or device", node)
+    return None
+
+
+def _to_linear(gm: fx.GraphModule, match: Match) -> None:
+    node = match["mm"]
+    bias, x, right = node.args if name_of(node) == "addmm" else (None, *node.args[:2])
+    assert isinstance(right, fx.Node)
+    with gm.graph.inserting_before(node):
+        weight = _transposed(gm, right)
+        new = insert_call(gm, aten.linear.default, x, weight, bias, like=node, name=node.name)
+    _take_over(gm, node, new)
+
+
+def _transposed(gm: fx.GraphModule, right: fx.Node) -> Any:
+    """The transpose of ``right``: what is behind it where it is a transpose itself."""
+    turned = name_of(right) == "t" or (
+        name_of(right) in ("transpose", "permute") and value(right).ndim == 2 and _swaps(right.args[1:])
+    )
+    return right.args[0] if turned else insert_call(gm, aten.t.default, right, like=right)
+
+
+def _swaps(args: tuple[Any, ...]) -> bool:
+    dims = list(args[0]) if len(args) == 1 else [args[1], args[0]]
+    return [d % 2 for d in dims] == [1, 0]
+
+
+def _drop(name: str) -> Callable[[fx.GraphModule, Match], None]:
+    def rewrite(gm: fx.GraphModule, match: Match) -> None:
+        node = match[name]
+        assert isinstance(node.args[0], fx.Node)
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+
+    return rewrite
+
+
+def _retarget(name: str, target: Any, *extra: Any) -> Callable[[fx.GraphModule, Match], None]:
+    def rewrite(gm: fx.GraphModule, match: Match) -> None:
+        match[name].target = target
+        match[name].args = (*match[name].args, *extra)
+
+    return rewrite
+
+
+def _symmetric(match: Match) -> NoMatch | None:
+    node = match["conv"]
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._overloadname != "padding":
+        return NoMatch("its padding is a number already", None)
+    if argument(node, 4, "padding", "valid") == "same" and any(total % 2 for total in _same_totals(node)):
+        return NoMatch("padding 'same' is not the same on both sides", node)
+    return None
+
+
+def _same_totals(node: fx.Node) -> list[int]:
+    kernel = list(value(node.args[1]).shape[2:])
+    dilation = list(argument(node, 5, "dilation", [1] * len(kernel)))
+    return [int(d) * (int(k) - 1) for k, d in zip(kernel, dilation * len(kernel), strict=False)]
+
+
+def _number_padding(gm: fx.GraphModule, match: Match) -> None:
+    node = match["conv"]
+    dims = value(node.args[1]).ndim - 2
+    same = argument(node, 4, "padding", "valid") == "same"
+    padding = [total // 2 for total in _same_totals(node)] if same else [0] * dims
+    stride = argument(node, 3, "stride", [1] * dims)
+    dilation = argument(node, 5, "dilation", [1] * dims)
+    groups = argument(node, 6, "groups", 1)
+    target = getattr(aten, name_of(node)).default
+    with gm.graph.inserting_before(node):
+        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+        new = insert_call(gm, target, x, weight, bias, stride, padding, dilation, groups, like=node, name=node.name)
+    _take_over(gm, node, new)
+
+
+def _take_over(gm: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
+    val = value(old)
+    new.meta.update(describe(old))
+    update(new, origin=layer_path(old))
+    set_value(new, val)
+    old.replace_all_uses_with(new)
+    erase_dead(gm, old)
+
+
+RULES = (
+    Rule("dropout", op("dropout", "dropout feature_dropout alpha_dropout"), _inactive, _drop("dropout")),
+    Rule("no-op", op("copy", "lift_fresh_copy alias detach detach_ to _to_copy"), _same_dtype, _drop("copy")),
+    Rule("addmm", op("mm", "addmm"), _unscaled, _to_linear),
+    Rule("mm", op("mm", "mm matmul"), _constant_right, _to_linear),
+    Rule("relu6", op("relu6", "relu6"), _always, _retarget("relu6", aten.hardtanh.default, 0.0, 6.0)),
+    Rule("unsafe-view", op("view", "_unsafe_view"), _always, _retarget("view", aten.view.default)),
+    Rule("padding", op("conv", "conv1d conv2d conv3d"), _symmetric, _number_padding),
+)

@@ -1,0 +1,149 @@
+"""Replace every FakeQuantize by explicit quantize and dequantize operators with constant parameters.
+
+Before::
+
+    %x_fake_quant = FakeQuantize<fake_quant.x>(%x)
+    %conv = conv2d(%x_fake_quant, %weight_fake_quant, %bias)
+
+After::
+
+    %x_quantize = qfx.quantize(%x, @x_scale, @x_zero_point, ..., 0, 255, u8)
+    %x_dequantize = qfx.dequantize(%x_quantize, @x_scale, @x_zero_point, ...)
+    %bias_dequantize = qfx.dequantize(@bias_int32, @bias_scale, ...)
+    %conv = conv2d(%x_dequantize, %weight_dequantize, %bias_dequantize)
+
+A dynamic spec chooses its parameters in the graph, by ``qfx.choose_qparams``. A bias becomes int32 at ``input_scale *
+weight_scale`` (Jacob et al., 2018, section 2.4); where it would not fit, the weight's scale of that channel grows until
+it does, which happens only where the weights are below the bias' own rounding error. Weight-only layers keep a float
+bias. Declines, with an error that names the layer, when an observer has seen nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qfx.attributes import free_path, set_buffer
+from qfx.errors import CalibrationError
+from qfx.fake_quant import FakeQuantize
+from qfx.meta import info
+from qfx.operators import argument, lookup, name_of, tensor_inputs
+from qfx.ops import choose_qparams, dequantize, quantize
+from qfx.pipeline import Stage
+from qfx.rewrite import evaluate, insert_buffer, insert_call, insert_get, replace_all
+from qfx.spec import DerivedSpec, QuantSpec, Scheme
+
+LARGEST_BIAS = 2.0**30
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Weights first, then biases, then activations, so that a bias can widen its weight's scale."""
+
+    name: ClassVar[str] = "convert"
+    stage: ClassVar[tuple[Stage, Stage]] = (Stage.CALIBRATED, Stage.CONVERTED)
+    writes: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: fx.GraphModule) -> int:
+        for node in list(gm.graph.nodes):
+            for position, spec in enumerate(info(node).inputs):
+                if isinstance(spec, DerivedSpec):
+                    _convert_bias(gm, node, position)
+        nodes = [n for n in gm.graph.nodes if fake_quant_of(gm, n) is not None]
+        params: dict[FakeQuantize, tuple[str, str]] = {}
+        for node in nodes:
+            _convert(gm, node, params)
+        return len(nodes)
+
+
+def fake_quant_of(gm: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
+    """The FakeQuantize that the node calls, or None."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, FakeQuantize) else None
+
+
+def _convert(gm: fx.GraphModule, node: fx.Node, params: dict[FakeQuantize, tuple[str, str]]) -> None:
+    module, source = fake_quant_of(gm, node), node.args[0]
+    assert module is not None and isinstance(source, fx.Node)
+    if module.scale.numel() == 0 and not module.dynamic:
+        raise CalibrationError("this layer was never calibrated", where=module.layer, hint="run qfx.calibrate first")
+    spec = module.spec
+    layout = (module.axis, module.group_size)
+    with gm.graph.inserting_before(node):
+        if module.dynamic:
+            assert isinstance(spec, QuantSpec)
+            symmetric = spec.scheme is Scheme.SYMMETRIC
+            limits = (spec.quant_min, spec.quant_max)
+            chosen = insert_call(gm, choose_qparams, source, *layout, symmetric, *limits, like=source)
+            scale, zero_point = (_item(gm, chosen, i) for i in range(2))
+        else:
+            if module not in params:
+                params[module] = _register(gm, node, module)
+            scale, zero_point = (insert_get(gm, path, like=source) for path in params[module])
+        q = insert_call(
+            gm, quantize, source, scale, zero_point, *layout, spec.quant_min, spec.quant_max, spec.element.dtype,
+            like=source, name=f"{source.name}_quantize",
+        )  # fmt: skip
+        dtype = _dtype(source)
+        back = insert_call(
+            gm, dequantize, q, scale, zero_point, *layout, dtype, like=source, name=f"{source.name}_dequantize"
+        )
+    replace_all(node, back)
+    gm.graph.erase_node(node)
+
+
+def _dtype(source: fx.Node) -> torch.dtype:
+    val = source.meta.get("val")
+    return val.dtype if isinstance(val, Tensor) else torch.float32
+
+
+def _item(gm: fx.GraphModule, chosen: fx.Node, index: int) -> fx.Node:
+    return insert_call(gm, operator.getitem, chosen, index, like=chosen)
+
+
+def _register(gm: fx.GraphModule, node: fx.Node, module: FakeQuantize) -> tuple[str, str]:
+    """Buffers for the module's scale and zero point, named after the group."""
+    name = str(node.target).removeprefix("fake_quant.")
+    paths = free_path(gm, f"{name}_scale"), free_path(gm, f"{name}_zero_point")
+    for path, tensor in zip(paths, (module.scale, module.zero_point), strict=True):
+        set_buffer(gm, path, tensor.clone())
+    return paths
+
+
+# --- biases ---------------------------------------------------------------------------------------------------------------
+
+
+def _convert_bias(gm: fx.GraphModule, node: fx.Node, position: int) -> None:
+    row = lookup(node)
+    assert row is not None and row.weight is not None and row.bias is not None
+    data, weight, bias = node.args[0], node.args[row.weight], tensor_inputs(node)[position]
+    assert isinstance(data, fx.Node) and isinstance(weight, fx.Node)
+    of_input, of_weight = fake_quant_of(gm, data), fake_quant_of(gm, weight)
+    if of_input is None or of_weight is None or of_input.scale.ndim != 0 or of_weight.scale.ndim > 1:
+        return  # no one scale per output channel: the bias stays float
+    values = evaluate(gm, bias).float()
+    groups = argument(node, 6, "groups", 1) if name_of(node).startswith("conv_transpose") else 1
+    of_weight.scale = _fitting(of_weight.scale, of_input.scale, values, groups)
+    scale = (of_input.scale * of_weight.scale).expand(values.numel() // groups).repeat(groups)
+    integers = torch.round(values.double() / scale.double()).to(torch.int32)
+    zero_point = torch.zeros_like(integers)
+    with gm.graph.inserting_before(node):
+        paths = [free_path(gm, f"{node.name}_bias_{what}") for what in ("int32", "scale", "zero_point")]
+        constants = [
+            insert_buffer(gm, path, tensor, like=bias)
+            for path, tensor in zip(paths, (integers, scale, zero_point), strict=True)
+        ]
+        back = insert_call(gm, dequantize, *constants, 0, None, _dtype(bias), like=bias)
+    args: list[Any] = list(node.args)
+    args[row.bias] = back
+    node.args = tuple(args)
+
+
+def _fitting(weight_scale: Tensor, input_scale: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """The weight's scale, raised where ``bias / (input_scale * weight_scale)`` would leave int32."""
+    needed = bias.abs().reshape(groups, -1).amax(0) / (LARGEST_BIAS * input_scale)
+    return torch.maximum(weight_scale, needed.amax() if weight_scale.ndim == 0 else needed)

@@ -1,0 +1,120 @@
+"""Quantize weights once, at compile time, and store the integers; narrow ones packed.
+
+Before::
+
+    %q = qfx.quantize(@weight, @weight_scale, @weight_zero_point, 0, None, -128, 127, i8)
+
+After (8 bits, and 4 bits)::
+
+    %q = @weight                                     # i8[out, in]
+    %q = qfx.unpack(@weight_packed, 4, True, in)     # u8[out, in / 2]
+
+Declines for quantize operators on anything that depends on an input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qfx.attributes import exists, free_path
+from qfx.operators import is_constant, tensor_inputs
+from qfx.ops import pack, quantize, storage_bits, unpack_op
+from qfx.pipeline import Stage
+from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call
+
+
+@dataclass(frozen=True)
+class FoldWeights:
+    """Evaluates every ``quantize`` of a constant; frees each float weight before it touches the next."""
+
+    name: ClassVar[str] = "fold-weights"
+    stage: ClassVar[tuple[Stage, Stage]] = (Stage.CONVERTED, Stage.CONVERTED)
+    writes: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: fx.GraphModule) -> int:
+        constant = [n for n in gm.graph.nodes if n.target is quantize and is_constant(n.args[0])]
+        for node in constant:
+            _fold(gm, node)
+        products = [n for n in gm.graph.nodes if n.target is torch.ops.aten.mul.Tensor and is_constant(n)]
+        for node in products:
+            _fold_product(gm, node)
+        return len(constant) + len(products)
+
+
+def _fold_product(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Multiply out a batch norm's factor where the layer stays float."""
+    root = _root(tensor_inputs(node)[0])
+    with gm.graph.inserting_before(node):
+        product = evaluate(gm, node)
+        new = insert_buffer(gm, free_path(gm, f"{root.target}_folded"), product, like=node)
+    node.replace_all_uses_with(new)
+    erase_dead(gm, node)
+
+
+def _fold(gm: fx.GraphModule, node: fx.Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    integers: Tensor = evaluate(gm, node)
+    root = _root(source)
+    base = str(root.target)
+    with gm.graph.inserting_before(node):
+        new = _store(gm, base, integers, _bits(node), replacing=_only_reader(gm, node, base), like=node)
+    node.replace_all_uses_with(new)
+    erase_dead(gm, node)
+    if root._erased and not _readers(gm, base) and exists(gm, base) and new.target != base:
+        owner, _, name = base.rpartition(".")
+        delattr(gm.get_submodule(owner), name)
+
+
+def _root(source: fx.Node) -> fx.Node:
+    """The parameter behind reshapes of it and products with it, for its name."""
+    while source.op != "get_attr":
+        source = tensor_inputs(source)[0]
+    return source
+
+
+def _readers(gm: fx.GraphModule, path: str) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == path]
+
+
+def _only_reader(gm: fx.GraphModule, node: fx.Node, path: str) -> bool:
+    """True where ``path`` is read by nothing but the chain that ends in ``node``."""
+    readers = _readers(gm, path)
+    if len(readers) != 1:
+        return False
+    current = readers[0]
+    while current is not node:
+        if len(current.users) != 1:
+            return False
+        (current,) = current.users
+    return True
+
+
+def _bits(node: fx.Node) -> int:
+    quant_min, quant_max = node.args[5], node.args[6]
+    assert isinstance(quant_min, int) and isinstance(quant_max, int)
+    return max((quant_max - quant_min).bit_length(), 2)
+
+
+def _forget(gm: fx.GraphModule, source: fx.Node, path: str) -> None:
+    """Delete the float tensor at ``path`` where nobody reads it any more."""
+    if source._erased and exists(gm, path) and not any(n.target == path for n in gm.graph.nodes if n.op == "get_attr"):
+        owner, _, name = path.rpartition(".")
+        delattr(gm.get_submodule(owner), name)
+
+
+def _store(
+    gm: fx.GraphModule, base: str, integers: Tensor, bits: int, *, replacing: bool, like: fx.Node
+) -> fx.Node:
+    """Store the integers, under the weight's own name where nobody else reads it; returns the node that reads them."""
+    if storage_bits(bits) == 8:
+        return insert_buffer(gm, base if replacing else free_path(gm, base), integers, like=like)
+    shape = list(integers.shape)
+    rows = integers.reshape(shape[0], -1)
+    packed = insert_buffer(gm, free_path(gm, f"{base}_packed"), pack(rows, bits), like=like)
+    new = insert_call(gm, unpack_op, packed, bits, integers.dtype == torch.int8, rows.shape[1], like=like)
+    return insert_call(gm, torch.ops.aten.view.default, new, shape, like=like) if len(shape) > 2 else new

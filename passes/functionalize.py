@@ -1,0 +1,88 @@
+"""Replace in-place operators by their plain twins, where nobody can tell.
+
+Before::
+
+    %conv = conv2d(%x, ...)
+    %relu_ = relu_(%conv)
+
+After::
+
+    %conv = conv2d(%x, ...)
+    %relu_ = relu(%conv)
+
+Declines when the tensor that is written to is an input or a parameter, when it is read again under its old name, or
+when a view of it is: those readers see the change, so the operator stays, in float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from qfx.meta import add_notes
+from qfx.operators import is_view
+from qfx.patterns import NoMatch
+from qfx.pipeline import Stage
+
+
+@dataclass(frozen=True)
+class Functionalize:
+    """Rewrites every ``aten.op_`` whose target is fresh and unviewed to ``aten.op``."""
+
+    name: ClassVar[str] = "functionalize"
+    stage: ClassVar[tuple[Stage, Stage]] = (Stage.CAPTURED, Stage.CAPTURED)
+    writes: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: fx.GraphModule) -> int:
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        misses: list[NoMatch] = []
+        count = 0
+        for node in gm.graph.nodes:
+            twin = plain_twin(node)
+            if twin is None:
+                continue
+            miss = why_visible(node, order)
+            if miss is None:
+                node.target = twin
+                count += 1
+            else:
+                misses.append(miss)
+        add_notes(gm, "in place", [str(miss) for miss in misses])
+        return count
+
+
+def plain_twin(node: fx.Node) -> Any:
+    """The overload without the trailing underscore, with the same arguments, or None."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not target._schema.is_mutable:
+        return None
+    packet, overload = target._schema.name.removeprefix("aten::"), target._overloadname
+    if not packet.endswith("_") or packet.endswith("__"):
+        return None
+    twin = getattr(getattr(torch.ops.aten, packet[:-1], None), overload, None)
+    if twin is None:
+        return None
+    same = [a.name for a in twin._schema.arguments] == [a.name for a in target._schema.arguments]
+    return twin if same else None
+
+
+def why_visible(node: fx.Node, order: dict[fx.Node, int]) -> NoMatch | None:
+    """A NoMatch where anyone but readers of the result would see the write of ``node``, else None."""
+    written, reader = node.args[0], node
+    while isinstance(written, fx.Node):
+        if written.op != "call_function":
+            return NoMatch(f"it writes to {written.name}, which is not its own", node)
+        for user in written.users:
+            if user is reader:
+                continue
+            if order[user] > order[node]:
+                return NoMatch(f"{user.name} reads {written.name} after it was written to", node)
+            if is_view(user):
+                return NoMatch(f"{user.name} is a view of {written.name}", node)
+        if not is_view(written):
+            return None
+        written, reader = written.args[0], written
+    return NoMatch("it writes to something that is no tensor of this graph", node)

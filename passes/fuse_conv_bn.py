@@ -1,0 +1,82 @@
+"""Fold a batch norm into the convolution before it.
+
+Before::
+
+    %conv = conv2d(%x, %weight, %bias, ...)
+    %bn = batch_norm(%conv, %gamma, %beta, %mean, %var, False, ...)
+
+After::
+
+    %scaled = mul(%weight, @weight_factor)
+    %conv = conv2d(%x, %scaled, @bias_folded, ...)
+
+Covers conv1d, conv2d, conv3d and their transposes, grouped or depthwise, with and without bias.
+Declines when the convolution has a second reader, when its weight or bias is computed from inputs, and when the batch
+norm normalises by the batch's own statistics or has no running ones.
+Method: Jacob et al., 2018 (arXiv:1712.05877), section 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from qfx.meta import value
+from qfx.operators import argument, is_constant, lookup
+from qfx.passes import batch_norm
+from qfx.patterns import Match, NoMatch, Rule, op, second_user
+from qfx.patterns import apply as apply_rules
+from qfx.pipeline import Stage
+from qfx.rewrite import erase_dead, evaluate
+
+CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+
+
+@dataclass(frozen=True)
+class FuseConvBn:
+    """Applies :data:`RULES`."""
+
+    name: ClassVar[str] = "fuse-conv-bn"
+    stage: ClassVar[tuple[Stage, Stage]] = (Stage.CANONICAL, Stage.CANONICAL)
+    writes: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: fx.GraphModule) -> int:
+        return apply_rules(RULES, gm, notes="not fused").rewrites
+
+
+def check(match: Match) -> NoMatch | None:
+    """Why ``match["bn"]`` cannot be folded into ``match["compute"]``, or None where it can."""
+    compute, bn = match["compute"], match["bn"]
+    weight, bias = compute.args[1], argument(compute, 2, "bias")
+    if not (isinstance(weight, fx.Node) and is_constant(weight)):
+        return NoMatch("its weight is computed from inputs", compute)
+    if bias is not None and not is_constant(bias):
+        return NoMatch("its bias is computed from inputs", compute)
+    return second_user(compute, bn) or batch_norm.why_not_affine(bn)
+
+
+def fold(gm: fx.GraphModule, match: Match) -> None:
+    """Scale the weight's output channels, move the shift into the bias, and drop the batch norm."""
+    compute, bn = match["compute"], match["bn"]
+    weight, bias = compute.args[1], argument(compute, 2, "bias")
+    assert isinstance(weight, fx.Node)
+    affine, row = batch_norm.affine_map(gm, bn), lookup(compute)
+    assert row is not None
+    shape = value(weight).shape
+    ones = [1] * (len(shape) - 2)
+    if row.channel_axis == 1:  # [in, out / groups, ...]: every group has output channels of its own
+        groups = argument(compute, 6, "groups", 1)
+        by_group = affine.scale.reshape(groups, 1, -1)
+        per_input = by_group if groups == 1 else by_group.expand(groups, shape[0] // groups, -1)
+        factor = per_input.reshape(-1, shape[1], *ones)
+    else:
+        factor = affine.scale.reshape(-1, 1, *ones)
+    shift = affine.shift if bias is None else affine.shift + evaluate(gm, bias).double() * affine.scale
+    batch_norm.absorb(gm, compute, factor, shift)
+    bn.replace_all_uses_with(compute)
+    erase_dead(gm, bn)
+
+
+RULES = (Rule("conv-bn", op("bn", batch_norm.NAMES, _0=op("compute", CONVOLUTIONS)), check, fold),)

@@ -1,0 +1,415 @@
+"""Replace regions between dequantize and quantize by the target's kernels.
+
+Before::
+
+    %d = qfx.dequantize(%q, ...)
+    %conv = conv2d(%d, qfx.dequantize(@weight, ...), qfx.dequantize(@bias_int32, ...))
+    %relu = relu(%conv)
+    %out = qfx.quantize(%relu, ...)
+    %view = view(qfx.dequantize(%out, ...), ...)
+    %r = qfx.quantize(%view, ...)            # the same parameters as %out
+
+After::
+
+    %conv = X86Convolution<conv>(%q)
+    %r = view(%conv, ...)
+
+Anchors are found by their compute op, looking back through dequantize and forward through the epilogue. Operators that
+only move elements run on the integers themselves. Declines, and leaves the float computation in place with a note,
+where the target makes no leaf of a region; the target then says why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qfx.attributes import exists, free_path, set_module
+from qfx.meta import add_notes, describe, info, set_value, update, update_graph, value
+from qfx.operators import Kind, Op, argument, is_constant, lookup, name_of, tensor_inputs
+from qfx.ops import choose_qparams, dequantize, quantize, unpack_op
+from qfx.passes.cancel_pairs import parameters
+from qfx.passes.fuse_epilogues import ACTIVATIONS
+from qfx.patterns import NoMatch
+from qfx.pipeline import Stage
+from qfx.rewrite import erase_dead, evaluate
+from qfx.targets import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams, Slot, Step, Target
+
+aten = torch.ops.aten
+
+MOVERS = frozenset(
+    "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand repeat slice select narrow split "
+    "split_with_sizes chunk unbind getitem contiguous clone detach alias flip roll pixel_shuffle pixel_unshuffle "
+    "channel_shuffle index_select cat stack".split()
+)
+"""Operators that only move or copy elements: the same on integers as on reals."""
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Makes leaves of ``target`` for anchors, then for other integer operators, then moves the movers."""
+
+    target: Target
+
+    name: ClassVar[str] = "lower"
+    stage: ClassVar[tuple[Stage, Stage]] = (Stage.CONVERTED, Stage.LOWERED)
+    writes: ClassVar[frozenset[str]] = frozenset({"reason"})
+
+    def run(self, gm: fx.GraphModule) -> int:
+        misses: list[NoMatch] = []
+        count = 0
+        for node in list(gm.graph.nodes):
+            row = None if node._erased else lookup(node)
+            if row is None:
+                continue
+            found = anchor_region(gm, node, row) if row.kind is Kind.ANCHOR else point_region(gm, node, row)
+            if found is None:
+                continue
+            leaf = self._leaf(found)
+            if isinstance(leaf, NoMatch):
+                misses.append(NoMatch(leaf.reason, node))
+                update(node, reason=f"float: {leaf.reason}")
+                continue
+            _replace(gm, found, leaf)
+            count += 1
+        count += move_integers(gm)
+        add_notes(gm, "not lowered", [str(miss) for miss in misses])
+        update_graph(gm, target=self.target.name)
+        return count
+
+    def _leaf(self, found: Found) -> Leaf | NoMatch:
+        region = found.region
+        if isinstance(region, AnchorRegion):
+            return self.target.lower_anchor(region)
+        return self.target.lower_point(region)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A region and where it is: ``inputs`` of the leaf, the node ``last`` whose value it gives, operators it covers."""
+
+    region: AnchorRegion | PointRegion
+    anchor: fx.Node
+    inputs: tuple[fx.Node, ...]
+    last: fx.Node
+    covers: tuple[fx.Node, ...]
+
+
+# --- reading Q/DQ -----------------------------------------------------------------------------------------------------------
+
+
+def qparams_of(gm: fx.GraphModule, node: fx.Node) -> QParams | None:
+    """Parameters of a quantize or dequantize operator with constant scale, or None."""
+    scale, zero_point = node.args[1], node.args[2]
+    assert isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node)
+    if not (is_constant(scale) and is_constant(zero_point)):
+        return None
+    limits = _limits(node)
+    axis, group_size = node.args[3], node.args[4]
+    return QParams(evaluate(gm, scale), evaluate(gm, zero_point), axis, group_size, *limits)  # type: ignore[arg-type]
+
+
+def _limits(node: fx.Node) -> tuple[int, int, torch.dtype]:
+    """``(quant_min, quant_max, dtype)``: of a quantize itself, of a dequantize by what made its integers."""
+    if node.target is quantize:
+        return node.args[5], node.args[6], node.args[7]  # type: ignore[return-value]
+    made = _origin_of_integers(node.args[0])
+    if made is not None:
+        return _limits(made)
+    dtype = value(node.args[0]).dtype  # type: ignore[arg-type]
+    known = torch.iinfo(dtype)
+    return known.min, known.max, dtype
+
+
+def _origin_of_integers(node: Any) -> fx.Node | None:
+    """The quantize operator behind movers, or None (a constant, or a kernel that made them)."""
+    while isinstance(node, fx.Node) and name_of(node) in MOVERS and tensor_inputs(node):
+        node = tensor_inputs(node)[0]
+    return node if isinstance(node, fx.Node) and node.target is quantize else None
+
+
+def _integers(node: Any) -> fx.Node | None:
+    """``node`` where it is a dequantize operator."""
+    return node if isinstance(node, fx.Node) and node.target is dequantize else None
+
+
+def _sole_quantize(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The one quantize operator, per tensor and constant, that is the node's only reader."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    fits = user.target is quantize and user.args[3] is None and qparams_of(gm, user) is not None
+    return user if fits else None
+
+
+def _full_arguments(node: fx.Node, start: int) -> tuple[Any, ...]:
+    """Positional arguments from ``start`` on, defaults filled in from the schema."""
+    return tuple(value for _, value in _arguments(node, start, by_name=False))
+
+
+def _arguments(node: fx.Node, start: int, *, by_name: bool) -> Iterator[tuple[str, Any]]:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for i, a in enumerate(node.target._schema.arguments):
+        if i >= start and a.kwarg_only == by_name:
+            default = a.default_value if a.has_default_value() else None
+            yield a.name, node.kwargs.get(a.name, default) if by_name else argument(node, i, a.name, default)
+
+
+# --- anchors ----------------------------------------------------------------------------------------------------------------
+
+
+def anchor_region(gm: fx.GraphModule, node: fx.Node, row: Op) -> Found | None:
+    """The region around a compute op, or None where it computes in float."""
+    if row.weight is None:
+        return _product_region(gm, node, row)
+    weight_node = _integers(node.args[row.weight])
+    if weight_node is None:
+        return None
+    data, data_node = _data(gm, node.args[0])
+    weight, bits = _weight(gm, weight_node.args[0])
+    bias_node = node.args[row.bias] if row.bias is not None and len(node.args) > row.bias else None
+    bias, bias_scale = _bias(gm, bias_node)
+    if bias_node is not None and bias is None:
+        return None
+    steps, others, covers = _epilogue(gm, node) if isinstance(data, QParams) else ((), (), (node,))
+    last = covers[-1]
+    output = _sole_quantize(gm, last) if isinstance(data, QParams) else None
+    dtype = value(last).dtype if isinstance(value(last), Tensor) else torch.float32
+    region = AnchorRegion(
+        op=row,
+        target=node.target,
+        data=data,
+        weight=weight,
+        weight_qparams=qparams_of(gm, weight_node),
+        weight_bits=bits,
+        bias=bias,
+        bias_scale=bias_scale,
+        args=_full_arguments(node, 3),
+        steps=steps,
+        output=None if output is None else qparams_of(gm, output),
+        dtype=dtype,
+    )
+    return Found(region, node, (data_node, *others), output or last, covers)
+
+
+def _product_region(gm: fx.GraphModule, node: fx.Node, row: Op) -> Found | None:
+    left, right = (_integers(a) for a in node.args[:2])
+    if left is None or right is None:
+        return None
+    first, second = qparams_of(gm, left), qparams_of(gm, right)
+    if first is None or second is None:
+        return None
+    output = _sole_quantize(gm, node)
+    region = AnchorRegion(
+        op=row,
+        target=node.target,
+        data=first,
+        weight=None,
+        weight_qparams=None,
+        weight_bits=0,
+        bias=None,
+        bias_scale=None,
+        args=(),
+        steps=(),
+        output=None if output is None else qparams_of(gm, output),
+        dtype=value(node).dtype if isinstance(value(node), Tensor) else torch.float32,
+        second=second,
+    )
+    inputs = (left.args[0], right.args[0])
+    return Found(region, node, inputs, output or node, (node,))  # type: ignore[arg-type]
+
+
+def _data(gm: fx.GraphModule, node: Any) -> tuple[QParams | DynamicQParams | None, fx.Node]:
+    """How the data come: integers (the leaf reads them), or float (the leaf quantizes them itself, or never)."""
+    back = _integers(node)
+    if back is None:
+        return None, node
+    constant = qparams_of(gm, back)
+    if constant is not None:
+        return constant, back.args[0]  # type: ignore[return-value]
+    quantized = back.args[0]
+    assert isinstance(quantized, fx.Node)
+    item = quantized.args[1]
+    assert isinstance(item, fx.Node) and item.target is operator.getitem and isinstance(item.args[0], fx.Node)
+    chosen = item.args[0]
+    assert chosen.target is choose_qparams
+    _, axis, group_size, symmetric, quant_min, quant_max = chosen.args
+    dynamic = DynamicQParams(axis, group_size, symmetric, quant_min, quant_max, quantized.args[7])  # type: ignore[arg-type]
+    return dynamic, quantized.args[0]  # type: ignore[return-value]
+
+
+def _weight(gm: fx.GraphModule, node: Any) -> tuple[Tensor, int]:
+    """Integers of the weight and how many bits each has."""
+    packed = node
+    while isinstance(packed, fx.Node) and packed.target is not unpack_op and packed.op != "get_attr":
+        packed = tensor_inputs(packed)[0]
+    bits = packed.args[1] if packed.target is unpack_op else 8
+    return evaluate(gm, node), bits
+
+
+def _bias(gm: fx.GraphModule, node: Any) -> tuple[Tensor | None, Tensor | None]:
+    """``(int32, scale)``, ``(float, None)``, or ``(None, None)`` where there is none."""
+    back = _integers(node)
+    if back is not None:
+        integers, scale = back.args[0], back.args[1]
+        assert isinstance(integers, fx.Node) and isinstance(scale, fx.Node)
+        return evaluate(gm, integers), evaluate(gm, scale)
+    if isinstance(node, fx.Node) and is_constant(node):
+        return evaluate(gm, node), None
+    return None, None
+
+
+def _epilogue(
+    gm: fx.GraphModule, anchor: fx.Node
+) -> tuple[tuple[Step, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """``[add] [activation]`` behind the anchor, as long as each value has one reader; an add first needs its operand."""
+    steps: list[Step] = []
+    others: list[fx.Node] = []
+    covers = [anchor]
+    for allowed in ("add", ACTIVATIONS):
+        last = covers[-1]
+        following = next(iter(last.users)) if len(last.users) == 1 else None
+        if following is None or name_of(following) not in allowed.split():
+            continue
+        if name_of(following) == "add":
+            step, other = _add_step(gm, following, last)
+            if step is None or other is None:
+                break
+            others.append(other)
+        else:
+            by_name = tuple(_arguments(following, 1, by_name=True))
+            step = Step(name_of(following), following.target, _full_arguments(following, 1), kwargs=by_name)
+        steps.append(step)
+        covers.append(following)
+    return tuple(steps), tuple(others), tuple(covers)
+
+
+def _add_step(gm: fx.GraphModule, add: fx.Node, flowing: fx.Node) -> tuple[Step | None, fx.Node | None]:
+    operands = [a for a in add.args[:2] if a is not flowing]
+    back = _integers(operands[0]) if len(operands) == 1 else None
+    if back is None or argument(add, 2, "alpha", 1) != 1 or value(back).shape != value(add).shape:
+        return None, None
+    qparams = qparams_of(gm, back)
+    if qparams is None or not qparams.per_tensor:
+        return None, None
+    return Step("add", add.target, (), qparams), back.args[0]  # type: ignore[return-value]
+
+
+# --- other integer operators ------------------------------------------------------------------------------------------------
+
+
+def point_region(gm: fx.GraphModule, node: fx.Node, row: Op) -> Found | None:
+    """The region of an operator whose inputs are all dequantized and whose one reader quantizes, or None."""
+    if row.kind is Kind.FLOAT or row.name in MOVERS:
+        return None
+    data = [n for n in tensor_inputs(node) if isinstance(value(n), Tensor)]
+    output = _sole_quantize(gm, node)
+    if output is None or not data or any(_integers(n) is None for n in data):
+        return None
+    unique = list(dict.fromkeys(data))
+    inputs = [qparams_of(gm, n) for n in unique]
+    if any(q is None or not q.per_tensor for q in inputs):
+        return None
+    if any(isinstance(n, fx.Node) and n not in unique for n in tensor_inputs(node)):
+        return None  # sizes that are computed: they cannot be constants of a leaf
+
+    def slot(n: fx.Node) -> Any:
+        return Slot(unique.index(n))
+
+    region = PointRegion(
+        op=row,
+        target=node.target,
+        inputs=tuple(q for q in inputs if q is not None),
+        args=fx.map_arg(node.args, slot),
+        kwargs=dict(fx.map_arg(node.kwargs, slot)),
+        output=qparams_of(gm, output),  # type: ignore[arg-type]
+    )
+    return Found(region, node, tuple(n.args[0] for n in unique), output, (node,))  # type: ignore[misc]
+
+
+def _replace(gm: fx.GraphModule, found: Found, leaf: Leaf) -> None:
+    """Call the leaf in place of the region's last node, under the layer's own path where that is free."""
+    anchor, last = found.anchor, found.last
+    with gm.graph.inserting_before(last):
+        call = gm.graph.create_node("call_module", "", found.inputs, {}, name=f"{anchor.name}_leaf")
+    call.meta.update(describe(anchor))
+    kept = {k: getattr(info(anchor), k) for k in ("group", "bits", "reason")}
+    update(call, **kept, fused=tuple(n.name for n in found.covers))
+    set_value(call, value(last))
+    last.replace_all_uses_with(call)
+    erase_dead(gm, last)
+    path = info(anchor).origin or anchor.name
+    call.target = path if _free(gm, path) else free_path(gm, f"{path}_{anchor.name}" if exists(gm, path) else path)
+    set_module(gm, str(call.target), leaf)
+
+
+def _free(gm: fx.GraphModule, path: str) -> bool:
+    """True where no node refers to ``path`` or to anything below it."""
+    users = (str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module"))
+    return not any(t == path or t.startswith(path + ".") for t in users)
+
+
+# --- movers -----------------------------------------------------------------------------------------------------------------
+
+
+def move_integers(gm: fx.GraphModule) -> int:
+    """Let ``quantize(mover(dequantize(q)))`` with equal parameters move ``q`` itself; returns how many it replaced."""
+    twins: dict[fx.Node, fx.Node | None] = {}
+    count = 0
+    for node in list(gm.graph.nodes):
+        if node._erased or node.target is not quantize:
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if name_of(source) not in MOVERS or not all(p == parameters(node) for p in _leaves(source)):
+            continue
+        twin = _twin(gm, source, twins)
+        if twin is not None:
+            node.replace_all_uses_with(twin)
+            erase_dead(gm, node)
+            count += 1
+    return count
+
+
+def _leaves(node: fx.Node) -> Iterator[tuple[Any, ...] | None]:
+    """Parameters of every dequantize behind the movers; None for anything else."""
+    if (back := _integers(node)) is not None:
+        yield parameters(back)
+    elif name_of(node) in MOVERS:
+        for n in tensor_inputs(node):
+            if isinstance(value(n), Tensor | tuple | list):
+                yield from _leaves(n)
+    else:
+        yield None
+
+
+def _twin(gm: fx.GraphModule, node: fx.Node, twins: dict[fx.Node, fx.Node | None]) -> fx.Node | None:
+    """The node that moves integers where ``node`` moves reals."""
+    if (back := _integers(node)) is not None:
+        integers = back.args[0]
+        assert isinstance(integers, fx.Node)
+        return integers
+    if node not in twins:
+        ready = {n: _twin(gm, n, twins) for n in tensor_inputs(node) if isinstance(value(n), Tensor | tuple | list)}
+        args = fx.map_arg(node.args, lambda n: ready.get(n) or n)
+        kwargs = fx.map_arg(node.kwargs, lambda n: ready.get(n) or n)
+        with gm.graph.inserting_after(node):
+            twin = gm.graph.create_node("call_function", node.target, args, kwargs, name=f"{node.name}_int")  # type: ignore[arg-type]
+        twin.meta.update(describe(node))
+        update(twin, group=info(node).group, reason=info(node).reason, fused=(node.name,))
+        dtypes = [v.dtype for n in ready.values() if n is not None and isinstance(v := value(n), Tensor)]
+        set_value(twin, _as(value(node), dtypes[0]) if dtypes else value(node))
+        twins[node] = twin
+    return twins[node]
+
+
+def _as(val: Any, dtype: torch.dtype) -> Any:
+    if isinstance(val, Tensor):
+        return val.to(dtype)
+    return type(val)(_as(v, dtype) for v in val) if isinstance(val, tuple | list) else val
+

@@ -1,0 +1,164 @@
+"""What a target is, and the regions of a CONVERTED graph that it lowers to kernels.
+
+The pass ``lower`` finds the regions and edits the graph; a target only says what it accepts and makes one leaf module
+of each region. A leaf holds plain integer buffers, so that it copies, pickles and loads like any module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, fx, nn
+
+from qfx.operators import Op
+from qfx.patterns import NoMatch
+from qfx.spec import QConfig
+
+
+@dataclass(frozen=True)
+class QParams:
+    """How integers stand for reals: ``x = (q - zero_point) * scale``, with shapes as in :mod:`qfx.affine`.
+
+    ``quant_min`` and ``quant_max`` bound the integers, ``dtype`` holds them.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None
+    group_size: int | None
+    quant_min: int
+    quant_max: int
+    dtype: torch.dtype
+
+    @property
+    def per_tensor(self) -> bool:
+        return self.axis is None
+
+
+@dataclass(frozen=True)
+class DynamicQParams:
+    """Parameters that are chosen from the data at run time, as ``torch.ops.qfx.choose_qparams`` does."""
+
+    axis: int | None
+    group_size: int | None
+    symmetric: bool
+    quant_min: int
+    quant_max: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator behind the compute op: ATen name, overload, arguments without the tensor that flows through.
+
+    It is called as ``target(y, *args, **dict(kwargs))``; ``kwargs`` are those that ATen takes by name only (gelu's).
+    ``other``: for ``add``, how the second operand comes: QParams (integers), or None (float). It is the leaf's next
+    positional input.
+    """
+
+    name: str
+    target: Any
+    args: tuple[Any, ...] = ()
+    other: QParams | None = None
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class AnchorRegion:
+    """A convolution, linear layer or matrix product with all that runs in its kernel.
+
+    The leaf is called with ``(data, *others)``: ``data`` holds integers where ``data`` is QParams, else float (dynamic
+    or weight-only); ``others`` are the second operands of the ``add`` steps. It gives integers where ``output`` is
+    QParams, else ``dtype``.
+
+    ``args``: the ATen arguments behind the bias (stride, padding, dilation, groups, ... as the op orders them).
+    ``weight``: integers of the op's own weight shape, int8 or uint8. ``bias_scale`` None: ``bias`` is float.
+    """
+
+    op: Op
+    target: Any
+    data: QParams | DynamicQParams | None
+    weight: Tensor | None
+    weight_qparams: QParams | None
+    weight_bits: int
+    bias: Tensor | None
+    bias_scale: Tensor | None
+    args: tuple[Any, ...]
+    steps: tuple[Step, ...]
+    output: QParams | None
+    dtype: torch.dtype
+    second: QParams | None = None  # a matrix product's second operand
+
+
+@dataclass(frozen=True)
+class PointRegion:
+    """An operator on integers without weights: ``quantize(op(dequantize(a), ...))``.
+
+    The leaf is called with the integer tensors in order. ``args`` and ``kwargs`` hold the ATen arguments with
+    ``Slot(i)`` where tensor i goes.
+    """
+
+    op: Op
+    target: Any
+    inputs: tuple[QParams, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: QParams
+
+    @property
+    def same_scale(self) -> bool:
+        """True where inputs and output have one scale and zero point."""
+        return all(
+            torch.equal(q.scale, self.output.scale) and torch.equal(q.zero_point, self.output.zero_point)
+            for q in self.inputs
+        )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a PointRegion's arguments: input ``index``."""
+
+    index: int
+
+
+class Leaf(nn.Module):
+    """Base of lowered layers. ``kernel`` names what runs, for the table."""
+
+    kernel: str = ""
+
+    def extra_repr(self) -> str:
+        return self.kernel
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A machine that integer regions are lowered for."""
+
+    name: ClassVar[str]
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run the target, or None where it can."""
+        ...
+
+    def slow(self) -> str | None:
+        """Why integers are likely to lose to float here, or None."""
+        ...
+
+    def refuses(self, node: fx.Node, op: Op, qconfig: QConfig) -> str | None:
+        """Why the target has no kernel for the node with these specs, or None where it has."""
+        ...
+
+    def lower_anchor(self, region: AnchorRegion) -> Leaf | NoMatch: ...
+
+    def lower_point(self, region: PointRegion) -> Leaf | NoMatch: ...
+
+
+def fill(template: Any, tensors: tuple[Tensor, ...]) -> Any:
+    """Arguments with their slots replaced by ``tensors``."""
+    if isinstance(template, Slot):
+        return tensors[template.index]
+    if isinstance(template, list | tuple):
+        return type(template)(fill(t, tensors) for t in template)
+    return template

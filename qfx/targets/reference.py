@@ -1,0 +1,231 @@
+"""The definition of right: integers accumulated exactly, then scaled in float32, then rounded once.
+
+Products and sums of integers are taken in float64, which holds every integer below 2^53 exactly; with 8-bit operands
+that allows more than 10^11 terms. Runs wherever torch runs, and consists of ATen operators only, so that it exports.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from qfx import affine
+from qfx.operators import Op
+from qfx.ops import pack, storage_bits, unpack
+from qfx.patterns import NoMatch
+from qfx.spec import PerAxis, PerGroup, PerTensor, PerToken, QConfig
+from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams, fill
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Accepts every operator that qfx quantizes."""
+
+    name: ClassVar[str] = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def slow(self) -> str | None:
+        return "it computes exactly, in float64, and is slower than float: use it to check, not to deploy"
+
+    def refuses(self, node: fx.Node, op: Op, qconfig: QConfig) -> str | None:
+        activation, weight = qconfig.activation, qconfig.weight
+        if activation is not None:
+            allowed = PerTensor | PerToken if op.name == "linear" else PerTensor
+            if not isinstance(activation.granularity, allowed):
+                return f"{op.name} takes no activations {activation.granularity}"
+            if op.weight is None and activation.dynamic:
+                return f"{op.name} takes no dynamic activations"
+        if weight is not None and op.weight is not None:
+            allowed_weight = PerTensor | PerAxis | PerGroup if op.name == "linear" else PerTensor | PerAxis
+            if not isinstance(weight.granularity, allowed_weight) or weight.dynamic:
+                return f"{op.name} takes no weights {weight.granularity}"
+            if isinstance(weight.granularity, PerAxis) and weight.granularity.axis not in (0, op.channel_axis):
+                return f"{op.name} takes weight scales along its output channels only"
+        return None
+
+    def lower_anchor(self, region: AnchorRegion) -> Leaf | NoMatch:
+        return MatmulLeaf(region) if region.op.weight is None else AnchorLeaf(region)
+
+    def lower_point(self, region: PointRegion) -> Leaf | NoMatch:
+        return PointLeaf(region)
+
+
+class QParamsBuffers(nn.Module):
+    """QParams as buffers of a leaf, so that they follow ``.to(device)`` and appear in the state dict."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, qparams: QParams) -> None:
+        super().__init__()
+        self.register_buffer("scale", qparams.scale.clone())
+        self.register_buffer("zero_point", qparams.zero_point.clone())
+        self.layout: dict[str, Any] = {"axis": qparams.axis, "group_size": qparams.group_size}
+        self.limits: dict[str, Any] = {
+            "quant_min": qparams.quant_min,
+            "quant_max": qparams.quant_max,
+            "dtype": qparams.dtype,
+        }
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return affine.quantize(x, self.scale, self.zero_point, **self.layout, **self.limits)
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        return affine.dequantize(q, self.scale, self.zero_point, **self.layout)
+
+    def centred(self, q: Tensor) -> Tensor:
+        """``q - zero_point`` in float64: exact integers."""
+        return q.double() - affine.expand_qparam(self.zero_point, q, **self.layout).double()
+
+
+def _buffers(qparams: QParams | DynamicQParams | None) -> QParamsBuffers | None:
+    return QParamsBuffers(qparams) if isinstance(qparams, QParams) else None
+
+
+class _Epilogue(Leaf):
+    """What follows the accumulation in every anchor: steps in float32, then the output's rounding."""
+
+    def __init__(self, region: AnchorRegion) -> None:
+        super().__init__()
+        self.calls = tuple((step.name, step.target, step.args, dict(step.kwargs)) for step in region.steps)
+        self.others = nn.ModuleList(
+            nn.Identity() if step.other is None else QParamsBuffers(step.other)
+            for step in region.steps
+            if step.name == "add"
+        )
+        self.output = _buffers(region.output)
+        self.dtype = region.dtype
+        self.kernel = "+".join(["reference " + region.op.name, *(step.name for step in region.steps)])
+
+    def finish(self, y: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+        position = 0
+        for name, target, args, kwargs in self.calls:
+            if name == "add":
+                reader, other = self.others[position], others[position]
+                y = y + (reader.dequantize(other) if isinstance(reader, QParamsBuffers) else other.float())
+                position += 1
+            else:
+                y = target(y, *args, **kwargs)
+        return y.to(self.dtype) if self.output is None else self.output.quantize(y)
+
+
+class AnchorLeaf(_Epilogue):
+    """A convolution or linear layer: static, dynamic or weight-only."""
+
+    weight: Tensor
+    bias: Tensor | None
+    bias_scale: Tensor | None
+
+    def __init__(self, region: AnchorRegion) -> None:
+        super().__init__(region)
+        assert region.weight is not None and region.weight_qparams is not None
+        self.target, self.args, self.axis = region.target, region.args, region.op.channel_axis
+        self.groups = region.args[3] if self.axis == 1 else 1
+        self.data = _buffers(region.data)
+        self.dynamic = region.data if isinstance(region.data, DynamicQParams) else None
+        self.weight_qparams = QParamsBuffers(region.weight_qparams)
+        self.weight_shape, self.weight_bits = tuple(region.weight.shape), region.weight_bits
+        self.weight_signed = region.weight.dtype == torch.int8
+        self.register_buffer("weight", pack(region.weight.flatten(1), region.weight_bits))
+        self.register_buffer("bias", region.bias)
+        self.register_buffer("bias_scale", region.bias_scale)
+
+    def integers(self) -> Tensor:
+        """The weight's integers in its own shape; narrow ones are stored packed."""
+        length = math.prod(self.weight_shape[1:])
+        narrow = storage_bits(self.weight_bits) < 8
+        q = unpack(self.weight, self.weight_bits, self.weight_signed, length) if narrow else self.weight
+        return q.reshape(self.weight_shape)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        if self.data is None and self.dynamic is None:
+            return self.finish(self._weight_only(x), others)
+        if self.dynamic is not None:
+            centred, scale = self._quantize_now(x, self.dynamic)
+        else:
+            assert self.data is not None
+            centred, scale = self.data.centred(x), self.data.scale
+        y = self._product(centred, scale)
+        return self.finish(y, others)
+
+    def _weight_only(self, x: Tensor) -> Tensor:
+        weight = self.weight_qparams.dequantize(self.integers()).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = self.target(x, weight, bias, *self.args)
+        return y
+
+    def _quantize_now(self, x: Tensor, how: DynamicQParams) -> tuple[Tensor, Tensor]:
+        low, high = affine.min_max(x, how.axis, how.group_size)
+        scale, zero_point = affine.choose_qparams(
+            low, high, symmetric=how.symmetric, quant_min=how.quant_min, quant_max=how.quant_max
+        )
+        layout: dict[str, Any] = {"axis": how.axis, "group_size": how.group_size}
+        q = affine.quantize(
+            x, scale, zero_point, **layout, quant_min=how.quant_min, quant_max=how.quant_max, dtype=how.dtype
+        )
+        return q.double() - affine.expand_qparam(zero_point, q, **layout).double(), scale
+
+    def _product(self, centred: Tensor, scale: Tensor) -> Tensor:
+        """The layer on exact integers, as float32 reals."""
+        weight = self.weight_qparams.centred(self.integers())
+        if self.weight_qparams.layout["group_size"] is not None:  # scales inside the sum: no common factor
+            weight = weight * affine.expand_qparam(self.weight_qparams.scale, weight, **self.weight_qparams.layout)
+            y = self.target(centred, weight, None, *self.args).float() * scale
+        else:
+            integer_bias = None if self.bias_scale is None or self.bias is None else self.bias.double()
+            accumulator = self.target(centred, weight, integer_bias, *self.args)
+            y = accumulator.float() * self._channels(scale * self._by_channel())
+        if self.bias is None or (self.bias_scale is not None and self.weight_qparams.layout["group_size"] is None):
+            return y
+        bias = self.bias if self.bias_scale is None else self.bias * self.bias_scale
+        return y + self._channels(bias.float())
+
+    def _by_channel(self) -> Tensor:
+        scale = self.weight_qparams.scale
+        return scale.repeat(self.groups) if scale.ndim else scale
+
+    def _channels(self, values: Tensor) -> Tensor:
+        """``values`` by output channel, shaped to broadcast; per-token scales already do."""
+        if values.ndim != 1 or self.target is torch.ops.aten.linear.default:
+            return values
+        return values.reshape(-1, *[1] * (len(self.weight_shape) - 2))
+
+
+class MatmulLeaf(_Epilogue):
+    """The product of two activations."""
+
+    def __init__(self, region: AnchorRegion) -> None:
+        super().__init__(region)
+        assert isinstance(region.data, QParams) and region.second is not None
+        self.target = region.target
+        self.left, self.right = QParamsBuffers(region.data), QParamsBuffers(region.second)
+
+    def forward(self, left: Tensor, right: Tensor, *others: Tensor) -> Tensor:
+        accumulator = self.target(self.left.centred(left), self.right.centred(right))
+        return self.finish(accumulator.float() * (self.left.scale * self.right.scale), others)
+
+
+class PointLeaf(Leaf):
+    """Dequantize, apply the ATen operator in float32, quantize."""
+
+    def __init__(self, region: PointRegion) -> None:
+        super().__init__()
+        self.target, self.args, self.kwargs = region.target, region.args, region.kwargs
+        self.inputs = nn.ModuleList(QParamsBuffers(q) for q in region.inputs)
+        self.output = QParamsBuffers(region.output)
+        self.kernel = f"reference {region.op.name}"
+
+    def forward(self, *integers: Tensor) -> Tensor:
+        reals = tuple(
+            reader.dequantize(q)
+            for reader, q in zip(self.inputs, integers, strict=True)
+            if isinstance(reader, QParamsBuffers)
+        )
+        args, kwargs = fill(self.args, reals), {k: fill(v, reals) for k, v in self.kwargs.items()}
+        return self.output.quantize(self.target(*args, **kwargs))
