@@ -1,0 +1,355 @@
+"""The verbs: ``quantize`` is ``prepare``, ``calibrate``, ``convert``; ``report`` tells what they did."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qfx import calibration as calibration_
+from qfx.calling import flat_inputs
+from qfx.capture import capture
+from qfx.errors import CalibrationError, ConfigError, QfxWarning
+from qfx.examples import Example, as_example
+from qfx.meta import add_notes, graph_info, info
+from qfx.metrics import sqnr_db
+from qfx.node_table import NodeRow, Report, build_report, rows_before, tensor_bytes
+from qfx.noise import measure
+from qfx.passes import ptq_pipeline
+from qfx.pipeline import Pipeline, Stage, stage_of
+from qfx.recipe import Recipe
+from qfx.targets import Target, choose
+
+log = logging.getLogger(__name__)
+
+_PLAN, _REPORT = "_qfx_plan", "_qfx_report"
+
+
+class TargetWarning(QfxWarning):
+    """On this machine integers are likely to be slower than float."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a prepared model remembers until it is converted."""
+
+    behind: Pipeline
+    example: Example
+    model: str
+    weight_bytes: int
+    nodes_before: int
+    float_parts: tuple[str, ...] = ()
+    first_call: Example | None = None
+
+
+def quantize(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    calibration: Iterable[Any] | None = None,
+    recipe: str | Recipe = "int8",
+    target: str | Target = "auto",
+    pipeline: Pipeline | None = None,
+    dynamic_shapes: Any = None,
+    inplace: bool = False,
+    verbose: bool = True,
+) -> nn.Module:
+    """Quantize ``model`` after training; returns a model that is called exactly like it and runs integer kernels.
+
+    Args:
+        model: a float model; untouched unless ``inplace``.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        calibration: any iterable of such inputs, a DataLoader with labels too. Without it the example is used, and a
+            warning says so.
+        recipe: a preset's name (``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``) or a :class:`qfx.Recipe`.
+        target: ``auto`` (the fastest that this machine can run), ``x86``, ``reference``, or a target.
+        pipeline: the passes to run, see :func:`default_pipeline`; it takes ``recipe`` and ``target`` from this call.
+        dynamic_shapes: as for ``torch.export.export``, for more than batch and token dimensions.
+        inplace: give up the float weights layer by layer, for models that fit only once; afterwards the parameters of
+            ``model`` are empty (on the meta device).
+        verbose: print the before/after node table.
+
+    Returns:
+        An ``fx.GraphModule``; where capture had to stop at parts of the model, a copy of the user's module with
+        quantized children. :func:`report` gives the table as values.
+
+    Raises:
+        CaptureError, ConfigError, CalibrationError, UnsupportedError: see :mod:`qfx.errors`; the model is unharmed.
+    """
+    prepared = prepare(
+        model, example_inputs, recipe=recipe, target=target, pipeline=pipeline, dynamic_shapes=dynamic_shapes
+    )
+    data = calibration
+    if data is None:
+        data = [example_inputs]
+    calibrate(prepared, data)
+    if inplace:
+        _release(model)
+    return _convert(prepared, verbose=verbose)
+
+
+def default_pipeline(recipe: str | Recipe = "int8", target: str | Target = "auto") -> Pipeline:
+    """The passes that ``quantize`` runs, to be edited with ``before``, ``after``, ``without`` and ``replace``."""
+    return ptq_pipeline(_recipe(recipe), choose(target))
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    recipe: str | Recipe = "int8",
+    target: str | Target = "auto",
+    pipeline: Pipeline | None = None,
+    dynamic_shapes: Any = None,
+) -> nn.Module:
+    """Capture, fuse and annotate ``model`` and insert its observers; arguments as for :func:`quantize`.
+
+    The result computes what the float model computes, and is called like it.
+    """
+    chosen_recipe, chosen_target = _recipe(recipe), choose(target)
+    passes = _bound(pipeline, chosen_recipe, chosen_target)
+    example = as_example(example_inputs)
+    captured = _capture(model, example, dynamic_shapes)
+    before, behind = passes.split()
+    nodes = sum(len(gm.graph.nodes) for gm in graphs(captured.model).values())
+    for gm in graphs(captured.model).values():
+        before.run(gm)
+        if slow := _why_slow(chosen_target):
+            add_notes(gm, "target", [slow])
+    setattr(
+        captured.model,
+        _PLAN,
+        _Plan(behind, example, type(model).__name__, tensor_bytes(model), nodes, captured.float_parts),
+    )
+    return captured.model
+
+
+def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
+    """Run ``data`` through a prepared model and set its scales, in place; returns it.
+
+    Raises:
+        CalibrationError: the data are empty, of another structure, dtype or device than the example, or hold NaN or
+            infinity; the text names the layer.
+    """
+    plan = _plan(prepared)
+    all_graphs = list(graphs(prepared).values())
+    for gm in all_graphs:
+        calibration_.observe_weights(gm)
+    _, first = calibration_.run(prepared, all_graphs, data, plan.example)
+    setattr(prepared, _PLAN, dataclasses.replace(plan, first_call=first))
+    return prepared
+
+
+def convert(prepared: nn.Module, *, verbose: bool = False) -> nn.Module:
+    """Turn a calibrated model into an integer model; ``prepared`` stays as it is.
+
+    Raises:
+        CalibrationError: it was not calibrated.
+    """
+    plan = _plan(prepared)
+    shared = {id(t): t for t in (*prepared.parameters(), *prepared.buffers())}
+    twin = copy.deepcopy(prepared, {**shared, id(plan): plan})
+    return _convert(twin, verbose=verbose)
+
+
+def report(qmodel: nn.Module) -> Report:
+    """What quantization did to a model that ``quantize`` or ``convert`` returned.
+
+    Raises:
+        ConfigError: it is no such model.
+    """
+    found = getattr(qmodel, _REPORT, None)
+    if not isinstance(found, Report):
+        raise ConfigError(
+            f"{type(qmodel).__name__} is no model that qfx quantized", hint="pass what qfx.quantize returned"
+        )
+    return found
+
+
+def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """The graphs that qfx compiles, by path: the model itself, or the children where capture stopped above them."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, fx.GraphModule) and graph_info(module).stage
+    }
+
+
+# --- inside -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, or a copy of the user's module with graphs in it and what is left float around them."""
+
+    model: nn.Module
+    float_parts: tuple[str, ...] = ()
+
+
+def _capture(model: nn.Module, example: Example, dynamic_shapes: Any) -> _Captured:
+    return _Captured(capture(model, example, dynamic_shapes=dynamic_shapes))
+
+
+def _recipe(recipe: str | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
+        raise ConfigError(f"recipe is a {type(recipe).__name__}", hint="give a preset's name or a qfx.Recipe")
+    return Recipe.preset(recipe)
+
+
+def _bound(pipeline: Pipeline | None, recipe: Recipe, target: Target) -> Pipeline:
+    """The pipeline with every pass that takes a recipe or a target given those of this call."""
+    if pipeline is None:
+        return ptq_pipeline(recipe, target)
+    if not isinstance(pipeline, Pipeline):
+        raise ConfigError(
+            f"pipeline is a {type(pipeline).__name__}", hint="edit qfx.default_pipeline() and pass the result"
+        )
+    given = {"recipe": recipe, "target": target}
+
+    def bind(p: Any) -> Any:
+        wanted = {f.name for f in dataclasses.fields(p)} & given.keys() if dataclasses.is_dataclass(p) else set()
+        return dataclasses.replace(p, **{name: given[name] for name in wanted}) if wanted else p
+
+    return Pipeline(tuple(bind(p) for p in pipeline))
+
+
+def _why_slow(target: Target) -> str | None:
+    reason = target.slow()
+    if reason:
+        warnings.warn(TargetWarning(f"target {target.name}: {reason}"), stacklevel=4)
+    return reason
+
+
+def _plan(prepared: nn.Module) -> _Plan:
+    plan = getattr(prepared, _PLAN, None)
+    if not isinstance(plan, _Plan):
+        done = getattr(prepared, _REPORT, None) is not None
+        raise ConfigError(
+            f"{type(prepared).__name__} is " + ("quantized already" if done else "no model that qfx.prepare returned"),
+            hint="call qfx.prepare(model, example_inputs) first",
+        )
+    return plan
+
+
+def _release(model: nn.Module) -> None:
+    """Let go of the float parameters: the captured graph holds the only reference."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def _convert(prepared: nn.Module, *, verbose: bool) -> nn.Module:
+    plan = _plan(prepared)
+    parts = graphs(prepared)
+    for path, gm in parts.items():
+        if stage_of(gm) is not Stage.CALIBRATED:
+            raise CalibrationError(
+                f"the model is {stage_of(gm).name}, not CALIBRATED", where=path, hint="run qfx.calibrate(prepared, data)"
+            )
+    assert plan.first_call is not None
+    reports = []
+    for path, (gm, inputs) in _calls(prepared, parts, plan.first_call).items():
+        reports.append(_convert_graph(gm, inputs, plan, path))
+    delattr(prepared, _PLAN)
+    whole = _joined(reports, plan, prepared)
+    setattr(prepared, _REPORT, whole)
+    if verbose:
+        print(whole)
+    return prepared
+
+
+def _calls(
+    model: nn.Module, parts: Mapping[str, fx.GraphModule], call: Example
+) -> dict[str, tuple[fx.GraphModule, tuple[Tensor, ...]]]:
+    """Every graph with the flat inputs that it gets in ``call`` of the whole model."""
+    if list(parts) == [""]:
+        return {"": (parts[""], flat_inputs(parts[""], call.args, dict(call.kwargs)))}
+    seen: dict[str, tuple[fx.GraphModule, tuple[Tensor, ...]]] = {}
+
+    def note(path: str, gm: fx.GraphModule) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.setdefault(path, (gm, flat_inputs(gm, args, kwargs)))
+
+        return gm.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+    hooks = [note(path, gm) for path, gm in parts.items()]
+    try:
+        with torch.no_grad():
+            model(*call.args, **call.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _convert_graph(gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan, path: str) -> Report:
+    inputs = _few(inputs)
+    rows = _prefixed(rows_before(gm), path)
+    groups = len({info(n).group for n in gm.graph.nodes} - {""})
+    noise = measure(gm, inputs)
+    plan.behind.run(gm)
+    made = build_report(
+        plan.model,
+        rows,
+        gm,
+        noise.by_node,
+        nodes_before=plan.nodes_before,
+        share_groups=groups,
+        weight_bytes_before=plan.weight_bytes,
+    )
+    with torch.no_grad():
+        outputs = gm.forward(*inputs)
+    return dataclasses.replace(made, output_sqnr_db=_worst(noise.outputs, outputs))
+
+
+def _few(inputs: tuple[Tensor, ...], rows: int = 4) -> tuple[Tensor, ...]:
+    """The first rows of every input, where all have one batch size: enough to measure noise."""
+    sizes = {t.shape[0] if t.ndim else 0 for t in inputs}
+    if len(sizes) != 1 or next(iter(sizes)) <= rows:
+        return inputs
+    return tuple(t[:rows] for t in inputs)
+
+
+def _worst(reference: Iterable[Any], actual: Iterable[Any]) -> float | None:
+    values = [
+        sqnr_db(x, y)
+        for x, y in zip(reference, actual, strict=True)
+        if isinstance(x, Tensor) and x.is_floating_point()
+    ]
+    return min(values) if values else None
+
+
+def _prefixed(rows: tuple[NodeRow, ...], path: str) -> tuple[NodeRow, ...]:
+    if not path:
+        return rows
+    return tuple(dataclasses.replace(row, layer=f"{path}.{row.layer}".rstrip(".")) for row in rows)
+
+
+def _joined(reports: list[Report], plan: _Plan, model: nn.Module) -> Report:
+    first = reports[0]
+    if len(reports) == 1:
+        return dataclasses.replace(first, weight_bytes_after=tensor_bytes(model), float_parts=plan.float_parts)
+    values = [r.output_sqnr_db for r in reports if r.output_sqnr_db is not None]
+    return dataclasses.replace(
+        first,
+        rows=tuple(row for r in reports for row in r.rows),
+        nodes_after=sum(r.nodes_after for r in reports),
+        crossings=sum(r.crossings for r in reports),
+        regions=sum(r.regions for r in reports),
+        share_groups=sum(r.share_groups for r in reports),
+        weight_bytes_after=tensor_bytes(model),
+        output_sqnr_db=min(values) if values else None,
+        notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
+        float_parts=plan.float_parts,
+    )

@@ -1,0 +1,140 @@
+"""Calibration: data run through a prepared model, observed by its FakeQuantize modules."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from qfx.errors import CalibrationError, QfxWarning
+from qfx.examples import Example, calibration_call
+from qfx.fake_quant import FakeQuantize
+from qfx.meta import add_notes, update_graph
+from qfx.operators import is_constant
+from qfx.pipeline import Stage
+from qfx.rewrite import evaluate
+
+log = logging.getLogger(__name__)
+
+ENOUGH_SAMPLES = 32
+CLIPPED = 8.0
+
+
+class CalibrationWarning(QfxWarning):
+    """The data are too few, or look like data for testing: ranges may not hold for other data."""
+
+
+class OutlierWarning(QfxWarning):
+    """A few values lie far outside the range that quantizes the others best: they are clipped."""
+
+
+def fake_quants(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, FakeQuantize]]:
+    """Every FakeQuantize of a prepared graph with the node that calls it."""
+    for node in gm.graph.nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, FakeQuantize):
+            yield node, module
+
+
+def observe_weights(gm: fx.GraphModule) -> None:
+    """Let the FakeQuantize modules of constants see them, once: no batch changes them."""
+    for node, module in fake_quants(gm):
+        source = node.args[0]
+        if isinstance(source, fx.Node) and is_constant(source) and module.observer is not None:
+            module.observer(evaluate(gm, source))
+            module.calculate()
+
+
+def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any], example: Example) -> tuple[int, Any]:
+    """Run ``data`` through ``model`` while its activations are observed; returns samples and the first call.
+
+    Raises:
+        CalibrationError: there are no data, or an item does not fit the example.
+    """
+    graphs = list(graphs)
+    active = [m for gm in graphs for n, m in fake_quants(gm) if not is_constant(n.args[0])]  # type: ignore[arg-type]
+    _looks_like_test_data(data)
+    samples, first = 0, None
+    try:
+        for module in active:
+            module.observing = True
+        for number, item in enumerate(_with_bar(data)):
+            call = calibration_call(item, example, number)
+            first = first or call
+            with torch.no_grad():
+                model(*call.args, **call.kwargs)
+            samples += _rows(call)
+    finally:
+        for module in active:
+            module.observing = False
+    if first is None:
+        raise CalibrationError(
+            "the calibration data are empty",
+            hint="a generator is exhausted after one use: pass a list, a DataLoader, or a fresh generator",
+        )
+    for gm in graphs:
+        for _, module in fake_quants(gm):
+            if module in active:
+                module.calculate()
+        update_graph(gm, stage=Stage.CALIBRATED.name)
+        _warn_outliers(gm)
+    if active and any(m.observer is not None for m in active) and samples < ENOUGH_SAMPLES:
+        note = f"ranges come from {samples} sample{'s' * (samples != 1)}; {ENOUGH_SAMPLES} or more are usual"
+        warnings.warn(CalibrationWarning(f"{note}. Pass calibration= with real inputs."), stacklevel=4)
+        for gm in graphs:
+            add_notes(gm, "warning", [note])
+    return samples, first
+
+
+def _with_bar(data: Iterable[Any]) -> Iterator[Any]:
+    """A progress bar that shows itself after two seconds of work."""
+    total = len(data) if hasattr(data, "__len__") else None
+    return iter(tqdm(data, desc="calibrate", total=total, delay=2.0, leave=False, unit="batch"))
+
+
+def _rows(call: Example) -> int:
+    sizes = [t.shape[0] for t in call.tensors().values() if isinstance(t, Tensor) and t.ndim]
+    return int(sizes[0]) if sizes else 1
+
+
+def _looks_like_test_data(data: Any) -> None:
+    dataset = getattr(data, "dataset", data)
+    split = str(getattr(dataset, "split", "")).lower()
+    if getattr(dataset, "train", None) is False or split in ("test", "val", "valid", "validation"):
+        warnings.warn(
+            CalibrationWarning(
+                "the calibration data look like a held-out split: accuracy measured on it would be too good. "
+                "Calibrate on training data."
+            ),
+            stacklevel=5,
+        )
+
+
+def _warn_outliers(gm: fx.GraphModule) -> None:
+    """Tell where the chosen range is far narrower than the data."""
+    found = []
+    for _, module in fake_quants(gm):
+        extremes = getattr(module.observer, "extremes", None)
+        if extremes is None or module.observer is None:
+            continue
+        low, high = (float(t) for t in module.observer.range())
+        ratio = max(abs(extremes[0]), abs(extremes[1])) / max(abs(low), abs(high), 2.0**-60)
+        if ratio > CLIPPED:
+            found.append(f"{module.layer}: values reach {ratio:.0f} times the range that is kept")
+    if found:
+        found = list(dict.fromkeys(found))
+        add_notes(gm, "outliers", found)
+        warnings.warn(
+            OutlierWarning(
+                f"{len(found)} layer(s) clip outliers, first {found[0]}. If accuracy suffers, set their observer to "
+                "MinMax or skip them in the recipe."
+            ),
+            stacklevel=5,
+        )
+
+

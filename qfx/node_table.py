@@ -1,0 +1,275 @@
+"""The before/after node table: what became of every node, as values and as text."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import networkx as nx
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+from qfx.attributes import nbytes
+from qfx.meta import graph_info, info, value
+from qfx.operators import Kind, lookup, macs, name_of, tensor_inputs
+from qfx.ops import dequantize, quantize
+from qfx.printer import show_value
+from qfx.spec import QuantSpec, SharedSpec
+from qfx.targets import Leaf
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One operator of the float model. ``after``: its types in and out; ``sqnr_db`` against the float model."""
+
+    name: str
+    operator: str
+    layer: str
+    shape: str
+    after: str
+    weight_bits: int | None
+    activation_bits: int | None
+    kernel: str
+    sqnr_db: float | None
+    reason: str
+    macs: int
+    product: bool
+    integer: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantization did. ``str(report)`` is the table with its summary; ``to_dict`` gives plain values.
+
+    ``weight_bytes``: of all parameters and buffers, tied storage once. ``integer_macs`` leaves out products of two
+    activations (attention), which have no weights; ``product_macs`` counts those.
+    """
+
+    model: str
+    recipe: str
+    target: str
+    rows: tuple[NodeRow, ...]
+    nodes_before: int
+    nodes_after: int
+    crossings: int
+    regions: int
+    share_groups: int
+    weight_bytes_before: int
+    weight_bytes_after: int
+    output_sqnr_db: float | None = None
+    notes: tuple[tuple[str, str], ...] = ()
+    float_parts: tuple[str, ...] = field(default=())
+
+    @property
+    def integer_macs(self) -> float:
+        """Share of multiply-accumulates with weights that run on integers, in [0, 1]."""
+        weighted = [row for row in self.rows if row.macs and not row.product]
+        total = sum(row.macs for row in weighted)
+        return sum(row.macs for row in weighted if row.integer) / total if total else 0.0
+
+    @property
+    def quantized(self) -> int:
+        return sum(row.integer for row in self.rows)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for JSON and for comparing runs."""
+        from dataclasses import asdict
+
+        return {**asdict(self), "integer_macs": self.integer_macs}
+
+    def table(self) -> str:
+        """The before/after node table alone."""
+        header = ("operator", "layer", "shape", "before → after", "w", "a", "kernel", "SQNR dB", "reason")
+        return tabulate([_cells(row) for row in self.rows], header, tablefmt="simple", disable_numparse=True)
+
+    def summary(self) -> str:
+        """The lines below the table."""
+        products = sum(row.macs for row in self.rows if row.product)
+        lines = {
+            "recipe, target": f"{self.recipe}, {self.target}",
+            "nodes": f"{self.nodes_before} → {self.nodes_after}, {self.quantized} of {len(self.rows)} operators in integers",
+            "multiply-accumulates in integer": f"{self.integer_macs:.1%}"
+            + (f" (and {products / 1e6:.1f} M of activations with activations)" if products else ""),
+            "quantize/dequantize crossings": f"{self.crossings}, {self.regions} integer regions, "
+            f"{self.share_groups} share groups",
+            "weights": f"{_size(self.weight_bytes_before)} → {_size(self.weight_bytes_after)}",
+            "SQNR of the output": _db(self.output_sqnr_db) + (" dB" if self.output_sqnr_db is not None else ""),
+        }
+        return tabulate(lines.items(), tablefmt="plain")
+
+    def remarks(self) -> str:
+        """Notes by topic, each topic cut to its first few lines."""
+        lines = [f"float, because capture stopped there: {part}" for part in self.float_parts]
+        for topic, count in Counter(topic for topic, _ in self.notes).items():
+            texts = [text for t, text in self.notes if t == topic]
+            lines += [f"{topic}: {text}" for text in texts[:4]]
+            if count > 4:
+                lines.append(f"{topic}: … and {count - 4} more (report.notes)")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return "\n\n".join(part for part in (self.table(), self.summary(), self.remarks()) if part)
+
+
+def _cells(row: NodeRow) -> tuple[str, ...]:
+    bits = ("" if b is None else str(b) for b in (row.weight_bits, row.activation_bits))
+    return (
+        row.operator,
+        _short(row.layer, 32),
+        row.shape,
+        row.after,
+        *bits,
+        row.kernel,
+        _db(row.sqnr_db),
+        _short(row.reason, 60),
+    )
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _db(sqnr: float | None) -> str:
+    return "" if sqnr is None else "exact" if sqnr == math.inf else f"{sqnr:.1f}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+# --- before: rows of an annotated graph --------------------------------------------------------------------------------------
+
+
+def rows_before(gm: fx.GraphModule) -> tuple[NodeRow, ...]:
+    """A row for each operator of a graph at ANNOTATED to CALIBRATED."""
+    return tuple(_row(n) for n in gm.graph.nodes if n.op == "call_function" and _counts(n))
+
+
+def _counts(node: fx.Node) -> bool:
+    """Sizes and constants are no operators of the model's data flow."""
+    return isinstance(value(node), Tensor | tuple | list) and info(node).reason not in ("a constant", "size arithmetic")
+
+
+def _row(node: fx.Node) -> NodeRow:
+    known, row = info(node), lookup(node)
+    activations = [s for s in known.inputs if isinstance(s, QuantSpec | SharedSpec)]
+    data = next((s for s in known.inputs[:1] if s is not None), None)
+    return NodeRow(
+        name=node.name,
+        operator=name_of(node) or str(node.target),
+        layer=known.origin,
+        shape=show_value(value(node)).partition("[")[2].rstrip("]") if isinstance(value(node), Tensor) else "",
+        after="float",
+        weight_bits=known.bits,
+        activation_bits=data.bits if data is not None and activations else None,
+        kernel="",
+        sqnr_db=None,
+        reason=known.reason,
+        macs=macs(node),
+        product=row is not None and row.kind is Kind.ANCHOR and row.weight is None,
+        integer=False,
+    )
+
+
+# --- after: what the lowered graph runs ----------------------------------------------------------------------------------------
+
+
+def rows_after(
+    before: tuple[NodeRow, ...], gm: fx.GraphModule, sqnr: Mapping[str, float]
+) -> tuple[NodeRow, ...]:
+    """The rows with what lowering made of them."""
+    made: dict[str, tuple[str, str, bool]] = {}
+    for node in gm.graph.nodes:
+        for name in info(node).fused:
+            made[name] = _made(gm, node)
+    present = {n.name: n for n in gm.graph.nodes}
+    rows = []
+    for row in before:
+        kernel, after, integer = made.get(row.name, ("", "float", False))
+        reason = info(present[row.name]).reason if row.name in present and row.name not in made else row.reason
+        rows.append(
+            replace(
+                row,
+                kernel=kernel,
+                after=after,
+                integer=integer,
+                reason=reason,
+                weight_bits=row.weight_bits if integer else None,
+                activation_bits=row.activation_bits if integer else None,
+                sqnr_db=sqnr.get(row.name),
+            )
+        )
+    return tuple(rows)
+
+
+def _made(gm: fx.GraphModule, node: fx.Node) -> tuple[str, str, bool]:
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    kernel = module.kernel if isinstance(module, Leaf) else "moves integers"
+    first = next((n for n in tensor_inputs(node) if isinstance(value(n), Tensor)), None)
+    types = [_type(value(n)) for n in (first, node) if n is not None]
+    return kernel, " → ".join(types), True
+
+
+def _type(val: object) -> str:
+    if isinstance(val, tuple | list):
+        return _type(val[0]) if val else ""
+    return str(val.dtype).removeprefix("torch.") if isinstance(val, Tensor) else ""
+
+
+def region_graph(gm: fx.GraphModule) -> nx.DiGraph:
+    """The lowered graph as networkx: nodes carry ``integer`` (their value is uint8 or int8) and ``operator``."""
+    graph = nx.DiGraph()
+    for node in gm.graph.nodes:
+        val = value(node)
+        integer = isinstance(val, Tensor) and val.dtype in (torch.uint8, torch.int8)
+        graph.add_node(node.name, integer=integer, operator=name_of(node) or node.op)
+        graph.add_edges_from((n.name, node.name) for n in tensor_inputs(node))
+    return graph
+
+
+def crossings(gm: fx.GraphModule) -> int:
+    """Quantize and dequantize operators that are left."""
+    return sum(n.target in (quantize, dequantize) for n in gm.graph.nodes)
+
+
+def regions(gm: fx.GraphModule) -> int:
+    """Connected parts of the graph that hold integers."""
+    graph = region_graph(gm)
+    inside = [n for n, data in graph.nodes(data=True) if data["integer"]]
+    return int(nx.number_weakly_connected_components(graph.subgraph(inside)))
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied storage once."""
+    return nbytes([*module.parameters(), *module.buffers()])
+
+
+def build_report(
+    model: str,
+    before: tuple[NodeRow, ...],
+    gm: fx.GraphModule,
+    sqnr: Mapping[str, float],
+    *,
+    nodes_before: int,
+    share_groups: int,
+    weight_bytes_before: int,
+) -> Report:
+    """The report of one lowered graph."""
+    known = graph_info(gm)
+    return Report(
+        model=model,
+        recipe=known.recipe,
+        target=known.target,
+        rows=rows_after(before, gm, sqnr),
+        nodes_before=nodes_before,
+        nodes_after=len(gm.graph.nodes),
+        crossings=crossings(gm),
+        regions=regions(gm),
+        share_groups=share_groups,
+        weight_bytes_before=weight_bytes_before,
+        weight_bytes_after=tensor_bytes(gm),
+        notes=known.notes,
+    )
