@@ -34,7 +34,7 @@ from qfx.meta import info
 from qfx.operators import argument, lookup, name_of, tensor_inputs
 from qfx.ops import choose_qparams, dequantize, quantize
 from qfx.pipeline import Stage
-from qfx.rewrite import evaluate, insert_buffer, insert_call, insert_get, replace_all
+from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call, insert_get, replace_all
 from qfx.spec import DerivedSpec, QuantSpec, Scheme
 
 LARGEST_BIAS = 2.0**30
@@ -141,6 +141,7 @@ def _convert_bias(gm: fx.GraphModule, node: fx.Node, position: int) -> None:
     args: list[Any] = list(node.args)
     args[row.bias] = back
     node.args = tuple(args)
+    erase_dead(gm, bias)
 
 
 def _fitting(weight_scale: Tensor, input_scale: Tensor, bias: Tensor, groups: int) -> Tensor:

@@ -14,6 +14,7 @@ Declines for quantize operators on anything that depends on an input.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from qfx.attributes import exists, free_path
+from qfx.errors import QfxWarning
+from qfx.meta import add_notes
 from qfx.operators import is_constant, tensor_inputs
 from qfx.ops import pack, quantize, storage_bits, unpack_op
 from qfx.pipeline import Stage
@@ -61,6 +64,7 @@ def _fold(gm: fx.GraphModule, node: fx.Node) -> None:
     integers: Tensor = evaluate(gm, node)
     root = _root(source)
     base = str(root.target)
+    _warn_zero_filters(gm, evaluate(gm, source), integers, node, base)
     with gm.graph.inserting_before(node):
         new = _store(gm, base, integers, _bits(node), replacing=_only_reader(gm, node, base), like=node)
     node.replace_all_uses_with(new)
@@ -68,6 +72,28 @@ def _fold(gm: fx.GraphModule, node: fx.Node) -> None:
     if root._erased and not _readers(gm, base) and exists(gm, base) and new.target != base:
         owner, _, name = base.rpartition(".")
         delattr(gm.get_submodule(owner), name)
+
+
+class ZeroFilterWarning(QfxWarning):
+    """Output channels whose weights all became 0: what they compute is lost."""
+
+
+def _warn_zero_filters(gm: fx.GraphModule, weight: Tensor, integers: Tensor, node: fx.Node, path: str) -> None:
+    """Tell of output channels (axis 0) that rounding wiped out."""
+    if weight.ndim < 2:
+        return
+    zero_point = evaluate(gm, node.args[2])  # type: ignore[arg-type]  # a node, as in every quantize
+    if zero_point.ndim > 1 or (zero_point.ndim == 1 and zero_point.numel() != weight.shape[0]):
+        return
+    silent = (integers.int() == zero_point.reshape(-1, *[1] * (weight.ndim - 1))).flatten(1).all(1)
+    lost = int((silent & weight.ne(0).flatten(1).any(1)).sum())
+    if lost:
+        text = f"{path}: {lost} of {weight.shape[0]} filters became 0"
+        add_notes(gm, "warning", [text])
+        warnings.warn(
+            ZeroFilterWarning(f"{text}: their weights are tiny beside the others. Use scales per channel or more bits."),
+            stacklevel=2,
+        )
 
 
 def _root(source: fx.Node) -> fx.Node:

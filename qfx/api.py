@@ -20,12 +20,14 @@ from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.examples import Example, as_example
 from qfx.meta import add_notes, graph_info, info
 from qfx.metrics import sqnr_db
-from qfx.node_table import NodeRow, Report, build_report, rows_before, tensor_bytes
+from qfx.inference import GradientGuard, freeze
+from qfx.node_table import NodeRow, Report, build_report, crossings, rows_before, tensor_bytes
 from qfx.noise import measure
 from qfx.passes import ptq_pipeline
 from qfx.pipeline import Pipeline, Stage, stage_of
 from qfx.recipe import Recipe
-from qfx.targets import Target, choose
+from qfx.shadow import undisturbed
+from qfx.targets import Leaf, Target, choose
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +142,10 @@ def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
     """
     plan = _plan(prepared)
     all_graphs = list(graphs(prepared).values())
-    for gm in all_graphs:
-        calibration_.observe_weights(gm)
-    _, first = calibration_.run(prepared, all_graphs, data, plan.example)
+    with undisturbed():
+        for gm in all_graphs:
+            calibration_.observe_weights(gm)
+        _, first = calibration_.run(prepared, all_graphs, data, plan.example)
     setattr(prepared, _PLAN, dataclasses.replace(plan, first_call=first))
     return prepared
 
@@ -258,9 +261,9 @@ def _convert(prepared: nn.Module, *, verbose: bool) -> nn.Module:
                 f"the model is {stage_of(gm).name}, not CALIBRATED", where=path, hint="run qfx.calibrate(prepared, data)"
             )
     assert plan.first_call is not None
-    reports = []
-    for path, (gm, inputs) in _calls(prepared, parts, plan.first_call).items():
-        reports.append(_convert_graph(gm, inputs, plan, path))
+    with undisturbed():
+        calls = _calls(prepared, parts, plan.first_call)
+        reports = [_convert_graph(gm, inputs, plan, path) for path, (gm, inputs) in calls.items()]
     delattr(prepared, _PLAN)
     whole = _joined(reports, plan, prepared)
     setattr(prepared, _REPORT, whole)
@@ -308,9 +311,19 @@ def _convert_graph(gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan, 
         share_groups=groups,
         weight_bytes_before=plan.weight_bytes,
     )
+    freeze(gm)
+    if not _weight_only(gm):
+        gm.register_forward_pre_hook(GradientGuard(plan.model), with_kwargs=True)
     with torch.no_grad():
-        outputs = gm.forward(*inputs)
+        outputs = fx.Interpreter(gm).run(*inputs, enable_io_processing=False)
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
     return dataclasses.replace(made, output_sqnr_db=_worst(noise.outputs, outputs))
+
+
+def _weight_only(gm: fx.GraphModule) -> bool:
+    """True where no activation becomes an integer: gradients pass."""
+    leaves = [m for m in gm.modules() if isinstance(m, Leaf)]
+    return all(leaf.weight_only for leaf in leaves) and not crossings(gm)
 
 
 def _few(inputs: tuple[Tensor, ...], rows: int = 4) -> tuple[Tensor, ...]:

@@ -152,7 +152,7 @@ class Subject:
                 raise CaptureError(f"example input {at} has no values", hint="give an ordinary tensor")
         if not leaves:
             raise CaptureError("example_inputs holds no tensor", hint="give at least one tensor")
-        return cls(model, shadow, parameters, CallForm.of(example.args, example.kwargs), structure, tuple(leaves))
+        return cls(model, shadow, parameters, CallForm.of(example.args, example.kwargs), structure, _distinct(leaves))
 
     @property
     def name(self) -> str:
@@ -182,6 +182,12 @@ def arguments(structure: Container) -> list[tuple[str, Leaf | Constant]]:
         for name, child in zip(structure.keys, structure.children, strict=True)
         for found in paths(child, str(name))
     ]
+
+
+def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of tensors that come twice: ``torch.export`` would take the two arguments for one."""
+    seen: set[int] = set()
+    return tuple(t.clone() if id(t) in seen else seen.add(id(t)) or t for t in tensors)
 
 
 def _is_empty(tensor: Tensor) -> bool:

@@ -12,19 +12,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import map_arg
 
 from qfx.errors import CaptureError
 from qfx.graph_module import CapturedModule
-from qfx.origin import clean_path
+from qfx.origin import clean_path, source_line
 
 _INLINED = {"wrap_with_set_grad_enabled": (1, 2), "wrap_with_autocast": (4, 5)}
 """Wrappers whose body becomes part of the graph: the positions of the body and of its first argument."""
 
 _KEPT_META = ("val", "stack_trace")
-_SYMBOLIC = ("_operator", "operator", "math", "torch")
-
 
 def graph_module_of(program: ExportedProgram, user: nn.Module, prefix: str, names: Sequence[str]) -> CapturedModule:
     """A CapturedModule that shares its weights with ``user``; its inputs and outputs are flat.
@@ -37,7 +35,17 @@ def graph_module_of(program: ExportedProgram, user: nn.Module, prefix: str, name
     Raises:
         CaptureError: the program holds an object that a graph cannot.
     """
+    if any(_is_vmap(node.target) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # traces anew, behind vmap; composite operators stay whole
+    for spec in program.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(f"the model changes {spec.target!r} while it runs under vmap")
     return _Builder(program, user, prefix, fx.Graph()).build(names)
+
+
+def _is_vmap(target: Any) -> bool:
+    """Whether the node opens or closes a level of ``torch.vmap``, which a graph cannot do by itself."""
+    return str(getattr(target, "__module__", "")).startswith("torch._functorch")
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,8 @@ class _Builder:
                 return [self._resolve(arg, env, node) for arg in node.args[0]]
             if node.op == "get_attr":
                 env[node] = getattr(source, node.target)
+                if not isinstance(env[node], (Tensor, nn.Module)):
+                    raise CaptureError(f"the graph holds a {type(env[node]).__name__}", source=source_line(node))
             elif node.op == "call_function" and not _is_assertion(node.target):
                 env[node] = self._call(source, node, env)
         raise CaptureError("the exported graph has no output")
@@ -198,7 +208,8 @@ def _drop_unused_symbols(graph: fx.Graph) -> None:
 def _is_symbolic(node: fx.Node) -> bool:
     if isinstance(node.target, OpOverload):
         return node.target._schema.name in ("aten::sym_size", "aten::sym_stride", "aten::sym_numel")
-    return getattr(node.target, "__module__", "").partition(".")[0] in _SYMBOLIC
+    module, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "")
+    return module in ("_operator", "math") or (module == "torch" and name.startswith("sym_"))
 
 
 def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:

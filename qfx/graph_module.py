@@ -21,6 +21,7 @@ from torch.fx.node import map_aggregate
 
 import qfx.ops  # noqa: F401  a pickled graph names these operators
 from qfx.calling import CallBinder, CallCodeGen, Parameter, signature_of
+from qfx.inference import refuse_dtype
 from qfx.meta import NodeInfo, info, update
 from qfx.structure import Structure
 
@@ -70,6 +71,7 @@ class CapturedModule(fx.GraphModule):
         return {k: v for k, v in self.__dict__.items() if k not in _REMADE}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        refuse_dtype(self, fn)
         moved = cast(Self, super()._apply(fn, recurse))
         changed = _move_devices(self.graph, fn)
         codegen = self.graph._codegen

@@ -88,7 +88,7 @@ struct FakeQuantize {
   }
 };
 
-// Mirrors class Walk of qfx/kernels.py: five numbers that say which scale an element has.
+// Filled by _walk in qfx/kernels.py: five numbers that say which scale an element has.
 struct Walk {
   int64_t n, row, group, rows, count;
 };

@@ -7,8 +7,9 @@ import difflib
 from qfx.errors import ConfigError
 from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams, Slot, Step, Target
 from qfx.targets.reference import Reference
+from qfx.targets.x86 import X86
 
-TARGETS: dict[str, Target] = {t.name: t for t in (Reference(),)}
+TARGETS: dict[str, Target] = {t.name: t for t in (X86(), Reference())}
 """In order of preference: ``target="auto"`` takes the first that this machine can run."""
 
 

@@ -123,10 +123,29 @@ class Slot:
     index: int
 
 
+class Operator:
+    """An ATen operator that a leaf calls, and that pickles: torch's own objects do not."""
+
+    def __init__(self, overload: Any) -> None:
+        self.overload = overload
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.overload(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _operator, (self.overload._schema.name, self.overload._overloadname)
+
+
+def _operator(name: str, overload: str) -> Operator:
+    namespace, _, packet = name.partition("::")
+    return Operator(getattr(getattr(getattr(torch.ops, namespace), packet), overload))
+
+
 class Leaf(nn.Module):
-    """Base of lowered layers. ``kernel`` names what runs, for the table."""
+    """Base of lowered layers. ``kernel`` names what runs, for the table; ``weight_only`` leaves pass gradients."""
 
     kernel: str = ""
+    weight_only: bool = False
 
     def extra_repr(self) -> str:
         return self.kernel

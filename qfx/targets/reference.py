@@ -18,7 +18,7 @@ from qfx.operators import Op
 from qfx.ops import pack, storage_bits, unpack
 from qfx.patterns import NoMatch
 from qfx.spec import PerAxis, PerGroup, PerTensor, PerToken, QConfig
-from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams, fill
+from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, Operator, PointRegion, QParams, fill
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Epilogue(Leaf):
 
     def __init__(self, region: AnchorRegion) -> None:
         super().__init__()
-        self.calls = tuple((step.name, step.target, step.args, dict(step.kwargs)) for step in region.steps)
+        self.calls = tuple((step.name, Operator(step.target), step.args, dict(step.kwargs)) for step in region.steps)
         self.others = nn.ModuleList(
             nn.Identity() if step.other is None else QParamsBuffers(step.other)
             for step in region.steps
@@ -125,9 +125,10 @@ class AnchorLeaf(_Epilogue):
     def __init__(self, region: AnchorRegion) -> None:
         super().__init__(region)
         assert region.weight is not None and region.weight_qparams is not None
-        self.target, self.args, self.axis = region.target, region.args, region.op.channel_axis
+        self.target, self.args, self.axis = Operator(region.target), region.args, region.op.channel_axis
         self.groups = region.args[3] if self.axis == 1 else 1
         self.data = _buffers(region.data)
+        self.weight_only = region.data is None
         self.dynamic = region.data if isinstance(region.data, DynamicQParams) else None
         self.weight_qparams = QParamsBuffers(region.weight_qparams)
         self.weight_shape, self.weight_bits = tuple(region.weight.shape), region.weight_bits
@@ -192,7 +193,7 @@ class AnchorLeaf(_Epilogue):
 
     def _channels(self, values: Tensor) -> Tensor:
         """``values`` by output channel, shaped to broadcast; per-token scales already do."""
-        if values.ndim != 1 or self.target is torch.ops.aten.linear.default:
+        if values.ndim != 1 or len(self.weight_shape) == 2:  # linear: the channels are the last axis anyway
             return values
         return values.reshape(-1, *[1] * (len(self.weight_shape) - 2))
 
@@ -203,7 +204,7 @@ class MatmulLeaf(_Epilogue):
     def __init__(self, region: AnchorRegion) -> None:
         super().__init__(region)
         assert isinstance(region.data, QParams) and region.second is not None
-        self.target = region.target
+        self.target = Operator(region.target)
         self.left, self.right = QParamsBuffers(region.data), QParamsBuffers(region.second)
 
     def forward(self, left: Tensor, right: Tensor, *others: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ class PointLeaf(Leaf):
 
     def __init__(self, region: PointRegion) -> None:
         super().__init__()
-        self.target, self.args, self.kwargs = region.target, region.args, region.kwargs
+        self.target, self.args, self.kwargs = Operator(region.target), region.args, region.kwargs
         self.inputs = nn.ModuleList(QParamsBuffers(q) for q in region.inputs)
         self.output = QParamsBuffers(region.output)
         self.kernel = f"reference {region.op.name}"

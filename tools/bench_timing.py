@@ -1,0 +1,69 @@
+"""Wall-clock times of several candidates that take turns, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``call`` is timed; ``around`` gives the context that it runs in, which is not."""
+
+    name: str
+    call: Callable[[], object]
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds by candidate: the median of each round."""
+
+    rounds: Mapping[str, tuple[float, ...]]
+
+    def ms(self, name: str) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.rounds[name])
+
+    def speedup(self, name: str, over: str) -> float:
+        """How many times faster ``name`` is than ``over``: the median of the rounds' own ratios."""
+        pairs = zip(self.rounds[over], self.rounds[name], strict=True)
+        return statistics.median(theirs / mine for theirs, mine in pairs)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {self.ms(name):.4g} ms" for name in self.rounds)
+
+
+def take_turns(
+    candidates: Sequence[Candidate], *, rounds: int = 9, seconds: float = 0.25, warm_ups: int = 3
+) -> Times:
+    """Each round gives every candidate one burst of calls, in rotating order.
+
+    A burst is ``warm_ups`` calls that do not count, which bring the weights back into the cache, and then at least
+    three calls, or as many as fit into ``seconds``. Gradients are off.
+    """
+    found: dict[str, list[float]] = {c.name: [] for c in candidates}
+    with torch.inference_mode():
+        for round_ in range(rounds):
+            shift = round_ % len(candidates)
+            for candidate in (*candidates[shift:], *candidates[:shift]):
+                with candidate.around():
+                    found[candidate.name].append(statistics.median(_burst(candidate.call, seconds, warm_ups)))
+    return Times({name: tuple(times) for name, times in found.items()})
+
+
+def _burst(call: Callable[[], object], seconds: float, warm_ups: int) -> list[float]:
+    for _ in range(warm_ups):
+        call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
