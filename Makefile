@@ -1,20 +1,21 @@
 # Two commands do all: `make demo` and `make test`. Variables:
 #   PYTHON       the interpreter that .venv is made with (3.11 or newer)
-#   TORCH_INDEX  an extra package index, for instance of CPU wheels of torch
+#   TORCH_INDEX  where CPU wheels of torch are, asked only where pip's own indexes have none
 #   PIP_ARGS     further options for pip install
 #   JOBS         test processes
 #   ARGS         options for the program behind `make demo` and `make bench`, or for pytest
 PYTHON      ?= python3
 VENV        ?= .venv
-TORCH_INDEX ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP_ARGS    ?=
 JOBS        ?= 2
 ARGS        ?=
 
 PY      := $(VENV)/bin/python
 CLEAN   := .venv-wheel
-INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-           $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS)
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+# The CPU build first, so that nothing behind it asks for torch again; the default index has only the CUDA one.
+TORCH    = $(1) $(INSTALL) torch 2> /dev/null || $(1) $(INSTALL) --extra-index-url $(TORCH_INDEX) torch
 PYTEST  := QFX_CHECK=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup
 
 .NOTPARALLEL:
@@ -44,6 +45,7 @@ wheel: $(VENV)/.test ## build the wheel, install it in a clean environment, run 
 	rm -rf dist $(CLEAN)
 	$(PY) -m build --no-isolation --outdir dist . > /dev/null
 	$(PY) -m venv $(CLEAN)
+	$(call TORCH,$(CLEAN)/bin/python)
 	$(CLEAN)/bin/python $(INSTALL) dist/*.whl pytest hypothesis
 	PYTHONSAFEPATH=1 QFX_CHECK=1 QFX_WHEEL="$$(echo "$(CURDIR)"/dist/*.whl)" $(CLEAN)/bin/python -m pytest tests/packaging
 	rm -rf $(CLEAN)
@@ -61,6 +63,7 @@ clean: ## remove the environment and everything built
 # One stamp an extra: the installation is editable, so only a change of what is required repeats it.
 $(VENV)/.%: pyproject.toml constraints.txt | $(PY)
 	@echo "installing qfx[$*] into $(VENV)"
+	@$(call TORCH,$(PY))
 	@$(PY) $(INSTALL) --editable '.[$*]'
 	@touch $@
 

@@ -31,7 +31,19 @@ from torch import fx
 
 from qfx.errors import ConfigError, UnsupportedError
 from qfx.meta import info, update, update_graph, value
-from qfx.operators import Kind, Op, activations, is_constant, is_floating, is_view, lookup, mutates, name_of, tensor_inputs
+from qfx.operators import (
+    Kind,
+    Op,
+    activations,
+    argument,
+    is_constant,
+    is_floating,
+    is_view,
+    lookup,
+    mutates,
+    name_of,
+    tensor_inputs,
+)
 from qfx.origin import module_classes, source_line
 from qfx.pipeline import Stage
 from qfx.recipe import QuantRule, Recipe, Subject
@@ -58,6 +70,7 @@ class Annotate:
             plan.offer(node)
         for node in reversed(gm.graph.nodes):
             plan.demand(node)
+        plan.settle()
         for node in gm.graph.nodes:
             plan.write(node)
         update_graph(gm, recipe=str(self.recipe.name), target=self.target.name)
@@ -78,7 +91,7 @@ def written_in_place(gm: fx.GraphModule) -> set[fx.Node]:
     return {n for root in written for n in nx.node_connected_component(aliases, root)}
 
 
-# --- is the recipe meant? -----------------------------------------------------------------------------------------------
+# --- is the recipe meant? ---------------------------------------------------------------------------------------------
 
 
 def check_rules(recipe: Recipe, subjects: dict[fx.Node, Subject]) -> None:
@@ -119,7 +132,7 @@ def _nearest(rule: QuantRule, subjects: Iterable[Subject]) -> str:
     return "name a layer, an op or a module of the model"
 
 
-# --- the two sweeps -------------------------------------------------------------------------------------------------------
+# --- the two sweeps ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -168,6 +181,8 @@ class Plan:
             return "integer or boolean arithmetic"
         if is_constant(node):
             return "a constant"
+        if mutates(node):
+            return "it writes to a tensor in place, where others read it"
         row = lookup(node)
         if row is None:
             return f"unknown operator {name_of(node) or node.target}: it stays float"
@@ -182,7 +197,7 @@ class Plan:
         return refusal or (row, _resolved(qconfig, row), why)
 
     def _why_unfit(self, node: fx.Node, row: Op, qconfig: QConfig) -> str | None:
-        if row.kind is not Kind.ANCHOR and (qconfig.activation is None or qconfig.activation.dynamic):
+        if row.weight is None and (qconfig.activation is None or qconfig.activation.dynamic):
             return "this recipe keeps what lies between layers float"
         if row.weight is not None:
             weight = node.args[row.weight]
@@ -190,6 +205,9 @@ class Plan:
                 return "its weight is computed from inputs"
             if qconfig.weight is None:
                 return "the recipe leaves its weight float"
+            bias = argument(node, row.bias, "bias") if row.bias is not None else None
+            if isinstance(bias, fx.Node) and not is_constant(bias):
+                return "its bias is computed from inputs"
         if not any(is_floating(tensor_inputs(node)[i]) for i in activations(node)):
             return "integer or boolean arithmetic"
         refusal = self.target.refuses(node, row, qconfig)
@@ -277,6 +295,23 @@ class Plan:
             self.inputs[node][positions[id(bias)]] = DerivedSpec()
 
     # the result
+
+    def settle(self) -> None:
+        """Cut from every group what its kernel cannot run: an operand that nobody wants as integers stays float."""
+        for members in set(self.groups.values()):
+            for i, member in enumerate(members[1:], 1):
+                operands = [tensor_inputs(member)[k] for k in activations(member)]
+                late = next((n for n in operands if n not in members and n not in self.outputs), None)
+                if late is not None:
+                    self._cut(members, i, late)
+                    break
+
+    def _cut(self, members: tuple[fx.Node, ...], at: int, late: fx.Node) -> None:
+        for kept in members[:at]:
+            self.groups[kept] = members[:at]
+        for source, member in zip((late, *members[at:]), members[at:], strict=False):
+            del self.groups[member]
+            self.reasons[member] = f"its input {source.name} is float"
 
     def write(self, node: fx.Node) -> None:
         """Put what was found on the node."""

@@ -12,8 +12,10 @@ After::
     %y = linear(%x, %weight, %bias)
     %c = conv2d(%z, %w, None, [1, 1], [1, 1])
 
-Declines when ``addmm`` scales its terms, when the right operand of ``mm`` or ``matmul`` is computed from inputs or has
-not two dimensions, and when padding ``'same'`` is not the same on both sides.
+A term of ``addmm`` that is no bias, one parameter for each output, becomes an ``add`` behind the linear layer.
+Declines when ``addmm`` scales its terms, when the right operand of ``addmm``, ``mm`` or ``matmul`` is computed from
+inputs or has not two dimensions, when padding ``'same'`` is not the same on both sides, when dropout is active in eval
+mode, and when a copy changes dtype, device or memory format or an operator writes to it.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from qfx.meta import add_notes, describe, set_value, update, value
-from qfx.operators import argument, is_constant, name_of
+from qfx.meta import describe, set_value, update, value
+from qfx.operators import argument, is_constant, is_written, name_of
 from qfx.origin import layer_path
 from qfx.patterns import Match, NoMatch, Rule, op
 from qfx.patterns import apply as apply_rules
@@ -78,34 +80,49 @@ def _inactive(match: Match) -> NoMatch | None:
 
 
 def _same_dtype(match: Match) -> NoMatch | None:
-    node = match["copy"]
-    before, after = value(node.args[0]), value(node)
+    node, source = match["copy"], match["copy"].args[0]
+    assert isinstance(source, fx.Node)
+    before, after = value(source), value(node)
     if before is None or after is None or (before.dtype, before.device) != (after.dtype, after.device):
         return NoMatch("it changes dtype or device", node)
+    if node.kwargs.get("memory_format") is not None:
+        return NoMatch("it changes the memory format", node)
+    if is_written(node) or is_written(source):
+        return NoMatch("an operator writes to it or to what it copies", node)
     return None
 
 
 def _to_linear(gm: fx.GraphModule, match: Match) -> None:
     node = match["mm"]
-    bias, x, right = node.args if name_of(node) == "addmm" else (None, *node.args[:2])
+    term, x, right = node.args if name_of(node) == "addmm" else (None, *node.args[:2])
     assert isinstance(right, fx.Node)
     with gm.graph.inserting_before(node):
         weight = _transposed(gm, right)
-        new = insert_call(gm, aten.linear.default, x, weight, bias, like=node, name=node.name)
+        if term is None or _is_bias(term, right):
+            new = insert_call(gm, aten.linear.default, x, weight, term, like=node, name=node.name)
+        else:
+            product = insert_call(gm, aten.linear.default, x, weight, None, like=node, name=f"{node.name}_linear")
+            new = insert_call(gm, aten.add.Tensor, product, term, like=node, name=node.name)
     _take_over(gm, node, new)
+
+
+def _is_bias(term: Any, right: fx.Node) -> bool:
+    return isinstance(term, fx.Node) and is_constant(term) and value(term).shape == value(right).shape[1:]
 
 
 def _transposed(gm: fx.GraphModule, right: fx.Node) -> Any:
     """The transpose of ``right``: what is behind it where it is a transpose itself."""
-    turned = name_of(right) == "t" or (
+    turned = name_of(right) in ("t", "numpy_T", "mT") or (
         name_of(right) in ("transpose", "permute") and value(right).ndim == 2 and _swaps(right.args[1:])
     )
     return right.args[0] if turned else insert_call(gm, aten.t.default, right, like=right)
 
 
 def _swaps(args: tuple[Any, ...]) -> bool:
-    dims = list(args[0]) if len(args) == 1 else [args[1], args[0]]
-    return [d % 2 for d in dims] == [1, 0]
+    """True for the dimensions of a permute, one list, or of a transpose, two numbers, that swap the two of a matrix."""
+    if len(args) == 1:
+        return [d % 2 for d in args[0]] == [1, 0]
+    return {d % 2 for d in args} == {0, 1}
 
 
 def _drop(name: str) -> Callable[[fx.GraphModule, Match], None]:
@@ -135,15 +152,21 @@ def _symmetric(match: Match) -> NoMatch | None:
     return None
 
 
+def _weight_value(node: fx.Node) -> torch.Tensor:
+    assert isinstance(node.args[1], fx.Node)
+    val: torch.Tensor = value(node.args[1])
+    return val
+
+
 def _same_totals(node: fx.Node) -> list[int]:
-    kernel = list(value(node.args[1]).shape[2:])
+    kernel = list(_weight_value(node).shape[2:])
     dilation = list(argument(node, 5, "dilation", [1] * len(kernel)))
     return [int(d) * (int(k) - 1) for k, d in zip(kernel, dilation * len(kernel), strict=False)]
 
 
 def _number_padding(gm: fx.GraphModule, match: Match) -> None:
     node = match["conv"]
-    dims = value(node.args[1]).ndim - 2
+    dims = _weight_value(node).ndim - 2
     same = argument(node, 4, "padding", "valid") == "same"
     padding = [total // 2 for total in _same_totals(node)] if same else [0] * dims
     stride = argument(node, 3, "stride", [1] * dims)

@@ -30,9 +30,9 @@ from torch import Tensor, fx
 from qfx.attributes import free_path, set_buffer
 from qfx.errors import CalibrationError
 from qfx.fake_quant import FakeQuantize
-from qfx.meta import info
-from qfx.operators import argument, lookup, name_of, tensor_inputs
+from qfx.operators import argument, lookup, tensor_inputs
 from qfx.ops import choose_qparams, dequantize, quantize
+from qfx.passes.annotate import specs
 from qfx.pipeline import Stage
 from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call, insert_get, replace_all
 from qfx.spec import DerivedSpec, QuantSpec, Scheme
@@ -49,10 +49,12 @@ class Convert:
     writes: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule) -> int:
-        for node in list(gm.graph.nodes):
-            for position, spec in enumerate(info(node).inputs):
-                if isinstance(spec, DerivedSpec):
-                    _convert_bias(gm, node, position)
+        found = [_bias_of(gm, n, i) for n in gm.graph.nodes for i, spec in specs(n) if isinstance(spec, DerivedSpec)]
+        biases = [bias for bias in found if bias is not None]
+        for bias in biases:  # all scales before the first bias: layers may share one weight
+            bias.weight.scale = _fitting(bias)
+        for bias in biases:
+            _convert_bias(gm, bias)
         nodes = [n for n in gm.graph.nodes if fake_quant_of(gm, n) is not None]
         params: dict[FakeQuantize, tuple[str, str]] = {}
         for node in nodes:
@@ -114,37 +116,56 @@ def _register(gm: fx.GraphModule, node: fx.Node, module: FakeQuantize) -> tuple[
     return paths
 
 
-# --- biases ---------------------------------------------------------------------------------------------------------------
+# --- biases -----------------------------------------------------------------------------------------------------------
 
 
-def _convert_bias(gm: fx.GraphModule, node: fx.Node, position: int) -> None:
+@dataclass(frozen=True)
+class _Bias:
+    """The float32 bias ``[C]`` of the layer ``node``, with what quantizes the layer's data and weight."""
+
+    node: fx.Node
+    source: fx.Node
+    values: Tensor
+    groups: int
+    data: FakeQuantize
+    weight: FakeQuantize
+
+
+def _bias_of(gm: fx.GraphModule, node: fx.Node, position: int) -> _Bias | None:
+    """The bias at tensor input ``position``; None where there is no one scale per output channel: it stays float."""
     row = lookup(node)
-    assert row is not None and row.weight is not None and row.bias is not None
-    data, weight, bias = node.args[0], node.args[row.weight], tensor_inputs(node)[position]
+    assert row is not None and row.weight is not None
+    data, weight, source = node.args[0], node.args[row.weight], tensor_inputs(node)[position]
     assert isinstance(data, fx.Node) and isinstance(weight, fx.Node)
-    of_input, of_weight = fake_quant_of(gm, data), fake_quant_of(gm, weight)
-    if of_input is None or of_weight is None or of_input.scale.ndim != 0 or of_weight.scale.ndim > 1:
-        return  # no one scale per output channel: the bias stays float
-    values = evaluate(gm, bias).float()
-    groups = argument(node, 6, "groups", 1) if name_of(node).startswith("conv_transpose") else 1
-    of_weight.scale = _fitting(of_weight.scale, of_input.scale, values, groups)
-    scale = (of_input.scale * of_weight.scale).expand(values.numel() // groups).repeat(groups)
+    of_data, of_weight = fake_quant_of(gm, data), fake_quant_of(gm, weight)
+    if of_data is None or of_weight is None or of_data.scale.ndim != 0 or of_weight.scale.ndim > 1:
+        return None
+    groups = argument(node, 6, "groups", 1) if row.channel_axis == 1 else 1
+    return _Bias(node, source, evaluate(gm, source).float(), groups, of_data, of_weight)
+
+
+def _convert_bias(gm: fx.GraphModule, bias: _Bias) -> None:
+    node, source, values = bias.node, bias.source, bias.values
+    row = lookup(node)
+    assert row is not None and row.bias is not None
+    scale = (bias.data.scale * bias.weight.scale).expand(values.numel() // bias.groups).repeat(bias.groups)
     integers = torch.round(values.double() / scale.double()).to(torch.int32)
     zero_point = torch.zeros_like(integers)
     with gm.graph.inserting_before(node):
         paths = [free_path(gm, f"{node.name}_bias_{what}") for what in ("int32", "scale", "zero_point")]
         constants = [
-            insert_buffer(gm, path, tensor, like=bias)
+            insert_buffer(gm, path, tensor, like=source)
             for path, tensor in zip(paths, (integers, scale, zero_point), strict=True)
         ]
-        back = insert_call(gm, dequantize, *constants, 0, None, _dtype(bias), like=bias)
+        back = insert_call(gm, dequantize, *constants, 0, None, _dtype(source), like=source)
     args: list[Any] = list(node.args)
     args[row.bias] = back
     node.args = tuple(args)
-    erase_dead(gm, bias)
+    erase_dead(gm, source)
 
 
-def _fitting(weight_scale: Tensor, input_scale: Tensor, bias: Tensor, groups: int) -> Tensor:
+def _fitting(bias: _Bias) -> Tensor:
     """The weight's scale, raised where ``bias / (input_scale * weight_scale)`` would leave int32."""
-    needed = bias.abs().reshape(groups, -1).amax(0) / (LARGEST_BIAS * input_scale)
-    return torch.maximum(weight_scale, needed.amax() if weight_scale.ndim == 0 else needed)
+    needed = bias.values.abs().reshape(bias.groups, -1).amax(0) / (LARGEST_BIAS * bias.data.scale)
+    scale = bias.weight.scale
+    return torch.maximum(scale, needed.amax() if scale.ndim == 0 else needed)

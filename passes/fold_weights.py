@@ -90,10 +90,8 @@ def _warn_zero_filters(gm: fx.GraphModule, weight: Tensor, integers: Tensor, nod
     if lost:
         text = f"{path}: {lost} of {weight.shape[0]} filters became 0"
         add_notes(gm, "warning", [text])
-        warnings.warn(
-            ZeroFilterWarning(f"{text}: their weights are tiny beside the others. Use scales per channel or more bits."),
-            stacklevel=2,
-        )
+        way_out = "their weights are tiny beside the others. Use scales per channel or more bits."
+        warnings.warn(ZeroFilterWarning(f"{text}: {way_out}"), stacklevel=2)
 
 
 def _root(source: fx.Node) -> fx.Node:
@@ -126,16 +124,7 @@ def _bits(node: fx.Node) -> int:
     return max((quant_max - quant_min).bit_length(), 2)
 
 
-def _forget(gm: fx.GraphModule, source: fx.Node, path: str) -> None:
-    """Delete the float tensor at ``path`` where nobody reads it any more."""
-    if source._erased and exists(gm, path) and not any(n.target == path for n in gm.graph.nodes if n.op == "get_attr"):
-        owner, _, name = path.rpartition(".")
-        delattr(gm.get_submodule(owner), name)
-
-
-def _store(
-    gm: fx.GraphModule, base: str, integers: Tensor, bits: int, *, replacing: bool, like: fx.Node
-) -> fx.Node:
+def _store(gm: fx.GraphModule, base: str, integers: Tensor, bits: int, *, replacing: bool, like: fx.Node) -> fx.Node:
     """Store the integers, under the weight's own name where nobody else reads it; returns the node that reads them."""
     if storage_bits(bits) == 8:
         return insert_buffer(gm, base if replacing else free_path(gm, base), integers, like=like)

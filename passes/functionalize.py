@@ -11,7 +11,8 @@ After::
     %relu_ = relu(%conv)
 
 Declines when the tensor that is written to is an input or a parameter, when it is read again under its old name, or
-when a view of it is: those readers see the change, so the operator stays, in float.
+when a view of it is: those readers see the change, so the operator stays, in float. Declines when the plain twin would
+promote the tensor to another dtype, which the in-place operator keeps.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from qfx.meta import add_notes
+from qfx.meta import add_notes, value
 from qfx.operators import is_view
 from qfx.patterns import NoMatch
 from qfx.pipeline import Stage
+from qfx.rewrite import propagate
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Functionalize:
             twin = plain_twin(node)
             if twin is None:
                 continue
-            miss = why_visible(node, order)
+            miss = why_visible(node, order) or why_promoted(node, twin)
             if miss is None:
                 node.target = twin
                 count += 1
@@ -69,9 +71,18 @@ def plain_twin(node: fx.Node) -> Any:
     return twin if same else None
 
 
+def why_promoted(node: fx.Node, twin: Any) -> NoMatch | None:
+    """A NoMatch where ``twin`` gives another dtype than ``node``, else None."""
+    kept, promoted = value(node), propagate(twin, node.args, node.kwargs)
+    if not (isinstance(kept, torch.Tensor) and isinstance(promoted, torch.Tensor)) or kept.dtype == promoted.dtype:
+        return None
+    return NoMatch(f"it keeps {kept.dtype}, its plain twin gives {promoted.dtype}", node)
+
+
 def why_visible(node: fx.Node, order: dict[fx.Node, int]) -> NoMatch | None:
     """A NoMatch where anyone but readers of the result would see the write of ``node``, else None."""
-    written, reader = node.args[0], node
+    written: Any = node.args[0]
+    reader = node
     while isinstance(written, fx.Node):
         if written.op != "call_function":
             return NoMatch(f"it writes to {written.name}, which is not its own", node)

@@ -49,7 +49,7 @@ def _check(match: Match) -> NoMatch | None:
     if not (isinstance(weight, fx.Node) and is_constant(weight)) or (bias is not None and not is_constant(bias)):
         return NoMatch("its weight or bias is computed from inputs", compute)
     if name_of(compute) == "linear":
-        if value(compute.args[0]).ndim != 2:
+        if value(bn).ndim != 2:
             return NoMatch("batch norm's channels are not the linear layer's features", compute)
     elif any(argument(compute, 4, "padding", [0])):
         return NoMatch("its zero padding comes behind the batch norm's shift", compute)

@@ -19,6 +19,7 @@ have different shapes, and when a clamp's bounds are computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import fx
@@ -59,7 +60,7 @@ def _check(match: Match) -> NoMatch | None:
     members = _members(match)
     if any(info(n).fused for n in members):
         return NoMatch("a longer group holds it already")
-    for node, reader in zip(members, members[1:], strict=False):
+    for node, reader in pairwise(members):
         if miss := second_user(node, reader):
             return miss
     return (_check_add(match) if "add" in match else None) or (_check_clamp(match) if "act" in match else None)

@@ -13,8 +13,8 @@ After::
     %conv_fake_quant = FakeQuantize<fake_quant.conv>(%conv)
     %ln = layer_norm(%x)
 
-A value that a float operator makes stays as it is for float readers. A value that an integer kernel makes is rounded for
-all of them: they cost one dequantize and nothing else. Nothing is declined.
+A value that a float operator makes stays as it is for float readers. A value that an integer kernel makes is rounded
+for all of them: they cost one dequantize and nothing else. Nothing is declined.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ where the target makes no leaf of a region; the target then says why.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ from torch import Tensor, fx
 
 from qfx.attributes import exists, free_path, set_module
 from qfx.meta import add_notes, describe, info, set_value, update, update_graph, value
-from qfx.operators import Kind, Op, argument, is_constant, lookup, name_of, tensor_inputs
+from qfx.operators import OPS, Kind, Op, argument, is_constant, lookup, name_of, tensor_inputs
 from qfx.ops import choose_qparams, dequantize, quantize, unpack_op
 from qfx.passes.cancel_pairs import parameters
 from qfx.passes.fuse_epilogues import ACTIVATIONS
@@ -42,11 +42,8 @@ from qfx.targets import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams
 
 aten = torch.ops.aten
 
-MOVERS = frozenset(
-    "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand repeat slice select narrow split "
-    "split_with_sizes chunk unbind getitem contiguous clone detach alias flip roll pixel_shuffle pixel_unshuffle "
-    "channel_shuffle index_select cat stack".split()
-)
+_CHOOSERS = ("max_pool", "pad", "constant_pad", "upsample")
+MOVERS = frozenset(row.name for row in OPS.values() if row.kind is Kind.SHARE and not row.name.startswith(_CHOOSERS))
 """Operators that only move or copy elements: the same on integers as on reals."""
 
 
@@ -63,11 +60,13 @@ class Lower:
     def run(self, gm: fx.GraphModule) -> int:
         misses: list[NoMatch] = []
         count = 0
+        limits = {n: limits_of(n) for n in gm.graph.nodes if n.target is dequantize}
         for node in list(gm.graph.nodes):
             row = None if node._erased else lookup(node)
             if row is None:
                 continue
-            found = anchor_region(gm, node, row) if row.kind is Kind.ANCHOR else point_region(gm, node, row)
+            region = anchor_region if row.kind is Kind.ANCHOR else point_region
+            found = region(gm, node, row, limits)
             if found is None:
                 continue
             leaf = self._leaf(found)
@@ -100,27 +99,34 @@ class Found:
     covers: tuple[fx.Node, ...]
 
 
-# --- reading Q/DQ -----------------------------------------------------------------------------------------------------------
+Limits = Mapping[fx.Node, tuple[int, int, torch.dtype]]
+"""What :func:`limits_of` says of every dequantize operator of the CONVERTED graph."""
 
 
-def qparams_of(gm: fx.GraphModule, node: fx.Node) -> QParams | None:
+# --- reading Q/DQ -----------------------------------------------------------------------------------------------------
+
+
+def qparams_of(gm: fx.GraphModule, node: fx.Node, limits: Limits) -> QParams | None:
     """Parameters of a quantize or dequantize operator with constant scale, or None."""
     scale, zero_point = node.args[1], node.args[2]
     assert isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node)
     if not (is_constant(scale) and is_constant(zero_point)):
         return None
-    limits = _limits(node)
+    low_high_dtype = limits[node] if node.target is dequantize else limits_of(node)
     axis, group_size = node.args[3], node.args[4]
-    return QParams(evaluate(gm, scale), evaluate(gm, zero_point), axis, group_size, *limits)  # type: ignore[arg-type]
+    return QParams(evaluate(gm, scale), evaluate(gm, zero_point), axis, group_size, *low_high_dtype)  # type: ignore[arg-type]
 
 
-def _limits(node: fx.Node) -> tuple[int, int, torch.dtype]:
-    """``(quant_min, quant_max, dtype)``: of a quantize itself, of a dequantize by what made its integers."""
+def limits_of(node: fx.Node) -> tuple[int, int, torch.dtype]:
+    """``(quant_min, quant_max, dtype)``: of a quantize itself, of a dequantize by what made its integers.
+
+    Ask before anything is lowered: a kernel that made integers does not tell their range.
+    """
     if node.target is quantize:
         return node.args[5], node.args[6], node.args[7]  # type: ignore[return-value]
     made = _origin_of_integers(node.args[0])
     if made is not None:
-        return _limits(made)
+        return limits_of(made)
     dtype = value(node.args[0]).dtype  # type: ignore[arg-type]
     known = torch.iinfo(dtype)
     return known.min, known.max, dtype
@@ -138,13 +144,14 @@ def _integers(node: Any) -> fx.Node | None:
     return node if isinstance(node, fx.Node) and node.target is dequantize else None
 
 
-def _sole_quantize(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _sole_quantize(node: fx.Node) -> fx.Node | None:
     """The one quantize operator, per tensor and constant, that is the node's only reader."""
     if len(node.users) != 1:
         return None
     (user,) = node.users
-    fits = user.target is quantize and user.args[3] is None and qparams_of(gm, user) is not None
-    return user if fits else None
+    if user.target is not quantize or user.args[3] is not None:
+        return None
+    return user if all(isinstance(p, fx.Node) and is_constant(p) for p in user.args[1:3]) else None
 
 
 def _full_arguments(node: fx.Node, start: int) -> tuple[Any, ...]:
@@ -160,51 +167,51 @@ def _arguments(node: fx.Node, start: int, *, by_name: bool) -> Iterator[tuple[st
             yield a.name, node.kwargs.get(a.name, default) if by_name else argument(node, i, a.name, default)
 
 
-# --- anchors ----------------------------------------------------------------------------------------------------------------
+# --- anchors ----------------------------------------------------------------------------------------------------------
 
 
-def anchor_region(gm: fx.GraphModule, node: fx.Node, row: Op) -> Found | None:
+def anchor_region(gm: fx.GraphModule, node: fx.Node, row: Op, limits: Limits) -> Found | None:
     """The region around a compute op, or None where it computes in float."""
     if row.weight is None:
-        return _product_region(gm, node, row)
+        return _product_region(gm, node, row, limits)
     weight_node = _integers(node.args[row.weight])
     if weight_node is None:
         return None
-    data, data_node = _data(gm, node.args[0])
+    data, data_node = _data(gm, node.args[0], limits)
     weight, bits = _weight(gm, weight_node.args[0])
     bias_node = node.args[row.bias] if row.bias is not None and len(node.args) > row.bias else None
     bias, bias_scale = _bias(gm, bias_node)
     if bias_node is not None and bias is None:
         return None
-    steps, others, covers = _epilogue(gm, node) if isinstance(data, QParams) else ((), (), (node,))
+    steps, others, covers = _epilogue(gm, node, limits) if isinstance(data, QParams) else ((), (), (node,))
     last = covers[-1]
-    output = _sole_quantize(gm, last) if isinstance(data, QParams) else None
+    output = _sole_quantize(last) if isinstance(data, QParams) else None
     dtype = value(last).dtype if isinstance(value(last), Tensor) else torch.float32
     region = AnchorRegion(
         op=row,
         target=node.target,
         data=data,
         weight=weight,
-        weight_qparams=qparams_of(gm, weight_node),
+        weight_qparams=qparams_of(gm, weight_node, limits),
         weight_bits=bits,
         bias=bias,
         bias_scale=bias_scale,
         args=_full_arguments(node, 3),
         steps=steps,
-        output=None if output is None else qparams_of(gm, output),
+        output=None if output is None else qparams_of(gm, output, limits),
         dtype=dtype,
     )
     return Found(region, node, (data_node, *others), output or last, covers)
 
 
-def _product_region(gm: fx.GraphModule, node: fx.Node, row: Op) -> Found | None:
+def _product_region(gm: fx.GraphModule, node: fx.Node, row: Op, limits: Limits) -> Found | None:
     left, right = (_integers(a) for a in node.args[:2])
     if left is None or right is None:
         return None
-    first, second = qparams_of(gm, left), qparams_of(gm, right)
+    first, second = qparams_of(gm, left, limits), qparams_of(gm, right, limits)
     if first is None or second is None:
         return None
-    output = _sole_quantize(gm, node)
+    output = _sole_quantize(node)
     region = AnchorRegion(
         op=row,
         target=node.target,
@@ -216,7 +223,7 @@ def _product_region(gm: fx.GraphModule, node: fx.Node, row: Op) -> Found | None:
         bias_scale=None,
         args=(),
         steps=(),
-        output=None if output is None else qparams_of(gm, output),
+        output=None if output is None else qparams_of(gm, output, limits),
         dtype=value(node).dtype if isinstance(value(node), Tensor) else torch.float32,
         second=second,
     )
@@ -224,12 +231,14 @@ def _product_region(gm: fx.GraphModule, node: fx.Node, row: Op) -> Found | None:
     return Found(region, node, inputs, output or node, (node,))  # type: ignore[arg-type]
 
 
-def _data(gm: fx.GraphModule, node: Any) -> tuple[QParams | DynamicQParams | None, fx.Node]:
+def _data(
+    gm: fx.GraphModule, node: Any, limits: Limits
+) -> tuple[QParams | DynamicQParams | None, fx.Node]:
     """How the data come: integers (the leaf reads them), or float (the leaf quantizes them itself, or never)."""
     back = _integers(node)
     if back is None:
         return None, node
-    constant = qparams_of(gm, back)
+    constant = qparams_of(gm, back, limits)
     if constant is not None:
         return constant, back.args[0]  # type: ignore[return-value]
     quantized = back.args[0]
@@ -265,9 +274,9 @@ def _bias(gm: fx.GraphModule, node: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _epilogue(
-    gm: fx.GraphModule, anchor: fx.Node
+    gm: fx.GraphModule, anchor: fx.Node, limits: Limits
 ) -> tuple[tuple[Step, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
-    """``[add] [activation]`` behind the anchor, as long as each value has one reader; an add first needs its operand."""
+    """``[add] [activation]`` behind the anchor, as long as each value has one reader and the add's other is known."""
     steps: list[Step] = []
     others: list[fx.Node] = []
     covers = [anchor]
@@ -277,7 +286,7 @@ def _epilogue(
         if following is None or name_of(following) not in allowed.split():
             continue
         if name_of(following) == "add":
-            step, other = _add_step(gm, following, last)
+            step, other = _add_step(gm, following, last, limits)
             if step is None or other is None:
                 break
             others.append(other)
@@ -289,30 +298,32 @@ def _epilogue(
     return tuple(steps), tuple(others), tuple(covers)
 
 
-def _add_step(gm: fx.GraphModule, add: fx.Node, flowing: fx.Node) -> tuple[Step | None, fx.Node | None]:
+def _add_step(
+    gm: fx.GraphModule, add: fx.Node, flowing: fx.Node, limits: Limits
+) -> tuple[Step | None, fx.Node | None]:
     operands = [a for a in add.args[:2] if a is not flowing]
     back = _integers(operands[0]) if len(operands) == 1 else None
     if back is None or argument(add, 2, "alpha", 1) != 1 or value(back).shape != value(add).shape:
         return None, None
-    qparams = qparams_of(gm, back)
+    qparams = qparams_of(gm, back, limits)
     if qparams is None or not qparams.per_tensor:
         return None, None
     return Step("add", add.target, (), qparams), back.args[0]  # type: ignore[return-value]
 
 
-# --- other integer operators ------------------------------------------------------------------------------------------------
+# --- other integer operators ------------------------------------------------------------------------------------------
 
 
-def point_region(gm: fx.GraphModule, node: fx.Node, row: Op) -> Found | None:
+def point_region(gm: fx.GraphModule, node: fx.Node, row: Op, limits: Limits) -> Found | None:
     """The region of an operator whose inputs are all dequantized and whose one reader quantizes, or None."""
     if row.kind is Kind.FLOAT or row.name in MOVERS:
         return None
     data = [n for n in tensor_inputs(node) if isinstance(value(n), Tensor)]
-    output = _sole_quantize(gm, node)
+    output = _sole_quantize(node)
     if output is None or not data or any(_integers(n) is None for n in data):
         return None
     unique = list(dict.fromkeys(data))
-    inputs = [qparams_of(gm, n) for n in unique]
+    inputs = [qparams_of(gm, n, limits) for n in unique]
     if any(q is None or not q.per_tensor for q in inputs):
         return None
     if any(isinstance(n, fx.Node) and n not in unique for n in tensor_inputs(node)):
@@ -327,7 +338,7 @@ def point_region(gm: fx.GraphModule, node: fx.Node, row: Op) -> Found | None:
         inputs=tuple(q for q in inputs if q is not None),
         args=fx.map_arg(node.args, slot),
         kwargs=dict(fx.map_arg(node.kwargs, slot)),
-        output=qparams_of(gm, output),  # type: ignore[arg-type]
+        output=qparams_of(gm, output, limits),  # type: ignore[arg-type]
     )
     return Found(region, node, tuple(n.args[0] for n in unique), output, (node,))  # type: ignore[misc]
 
@@ -349,12 +360,13 @@ def _replace(gm: fx.GraphModule, found: Found, leaf: Leaf) -> None:
 
 
 def _free(gm: fx.GraphModule, path: str) -> bool:
-    """True where no node refers to ``path`` or to anything below it."""
-    users = (str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module"))
-    return not any(t == path or t.startswith(path + ".") for t in users)
+    """True where no node refers to ``path`` or to anything below it, and no leaf holds it."""
+    users = [(n.op, str(n.target)) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")]
+    below = any(t == path or t.startswith(path + ".") for _, t in users)
+    return not below and not any(op == "call_module" and path.startswith(t + ".") for op, t in users)
 
 
-# --- movers -----------------------------------------------------------------------------------------------------------------
+# --- movers -----------------------------------------------------------------------------------------------------------
 
 
 def move_integers(gm: fx.GraphModule) -> int:
@@ -399,13 +411,19 @@ def _twin(gm: fx.GraphModule, node: fx.Node, twins: dict[fx.Node, fx.Node | None
         args = fx.map_arg(node.args, lambda n: ready.get(n) or n)
         kwargs = fx.map_arg(node.kwargs, lambda n: ready.get(n) or n)
         with gm.graph.inserting_after(node):
-            twin = gm.graph.create_node("call_function", node.target, args, kwargs, name=f"{node.name}_int")  # type: ignore[arg-type]
+            twin = gm.graph.create_node("call_function", node.target, args, kwargs, name=f"{node.name}_int")
         twin.meta.update(describe(node))
         update(twin, group=info(node).group, reason=info(node).reason, fused=(node.name,))
-        dtypes = [v.dtype for n in ready.values() if n is not None and isinstance(v := value(n), Tensor)]
+        dtypes = [dtype for n in ready.values() if n is not None for dtype in _dtypes(value(n))]
         set_value(twin, _as(value(node), dtypes[0]) if dtypes else value(node))
         twins[node] = twin
     return twins[node]
+
+
+def _dtypes(val: Any) -> list[torch.dtype]:
+    if isinstance(val, Tensor):
+        return [val.dtype]
+    return [dtype for v in val for dtype in _dtypes(v)] if isinstance(val, tuple | list) else []
 
 
 def _as(val: Any, dtype: torch.dtype) -> Any:

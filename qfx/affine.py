@@ -38,15 +38,30 @@ def expand_qparam(p: Tensor, x: Tensor, axis: int | None, group_size: int | None
     return p.repeat_interleave(group_size, dim=axis).narrow(axis, 0, x.shape[axis])
 
 
+def scale_shape(x: Tensor, axis: int | None, group_size: int | None) -> list[int]:
+    """The shape of scale and zero point for ``x``, as in the table above; sizes may be symbolic."""
+    if axis is None:
+        return []
+    axis = axis % x.ndim
+    if group_size is None:
+        return [x.shape[axis]]
+    shape = list(x.shape)
+    shape[axis] = 1 if group_size == -1 else -(-shape[axis] // group_size)
+    return shape
+
+
 def min_max(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of ``x``, each of the scale's shape."""
+    """Minimum and maximum of ``x``, each of the scale's shape, in memory of their own; zeros where ``x`` is empty."""
+    if x.numel() == 0:
+        zeros = x.new_zeros(scale_shape(x, axis, group_size))
+        return zeros, zeros.clone()
     if axis is None:
         low, high = torch.aminmax(x)
         return low, high
     axis = axis % x.ndim
     if group_size is None:
         if x.ndim == 1:
-            return x, x
+            return x.clone(), x.clone()
         flat = x.movedim(axis, 0).flatten(1)
         return flat.amin(1), flat.amax(1)
     if group_size == -1:
@@ -74,7 +89,8 @@ def choose_qparams(
         scale = torch.maximum(-low, high) / (float(quant_max - quant_min) / 2)
         scale = scale.clamp(min=MIN_SCALE)
         return scale, torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int32)
-    scale = ((high - low) / float(quant_max - quant_min)).clamp(min=MIN_SCALE)
+    # Halves, which are exact, because high - low may leave float32.
+    scale = ((high / 2 - low / 2) / (float(quant_max - quant_min) / 2)).clamp(min=MIN_SCALE)
     zero_point = quant_min - torch.round(low / scale)
     return scale, zero_point.clamp(quant_min, quant_max).to(torch.int32)
 
@@ -94,6 +110,8 @@ def quantize(
     inverse = expand_qparam(1.0 / scale, x, axis, group_size)
     offset = expand_qparam(zero_point, x, axis, group_size).to(torch.float32)
     q = torch.round(x.float() * inverse).nan_to_num(nan=0.0) + offset
+    if dtype is torch.int32:
+        q = q.double()  # float32 rounds the largest int32 up, out of its range
     return q.clamp(quant_min, quant_max).to(dtype)
 
 

@@ -15,17 +15,17 @@ from torch import Tensor, fx, nn
 
 from qfx import calibration as calibration_
 from qfx.calling import flat_inputs
-from qfx.capture import capture
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.examples import Example, as_example
+from qfx.inference import GradientGuard, freeze
 from qfx.meta import add_notes, graph_info, info
 from qfx.metrics import sqnr_db
-from qfx.inference import GradientGuard, freeze
 from qfx.node_table import NodeRow, Report, build_report, crossings, rows_before, tensor_bytes
 from qfx.noise import measure
 from qfx.passes import ptq_pipeline
 from qfx.pipeline import Pipeline, Stage, stage_of
 from qfx.recipe import Recipe
+from qfx.regions import Regions, capture_regions
 from qfx.shadow import undisturbed
 from qfx.targets import Leaf, Target, choose
 
@@ -115,10 +115,10 @@ def prepare(
 
     The result computes what the float model computes, and is called like it.
     """
-    chosen_recipe, chosen_target = _recipe(recipe), choose(target)
+    chosen_recipe, chosen_target = _recipe(recipe), choose(target, _device(model))
     passes = _bound(pipeline, chosen_recipe, chosen_target)
     example = as_example(example_inputs)
-    captured = _capture(model, example, dynamic_shapes)
+    captured = capture_regions(model, example, dynamic_shapes=dynamic_shapes)
     before, behind = passes.split()
     nodes = sum(len(gm.graph.nodes) for gm in graphs(captured.model).values())
     for gm in graphs(captured.model).values():
@@ -128,7 +128,7 @@ def prepare(
     setattr(
         captured.model,
         _PLAN,
-        _Plan(behind, example, type(model).__name__, tensor_bytes(model), nodes, captured.float_parts),
+        _Plan(behind, example, type(model).__name__, tensor_bytes(model), nodes, _float_parts(captured)),
     )
     return captured.model
 
@@ -185,19 +185,14 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     }
 
 
-# --- inside -----------------------------------------------------------------------------------------------------------------
+# --- inside -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Captured:
-    """A graph, or a copy of the user's module with graphs in it and what is left float around them."""
-
-    model: nn.Module
-    float_parts: tuple[str, ...] = ()
-
-
-def _capture(model: nn.Module, example: Example, dynamic_shapes: Any) -> _Captured:
-    return _Captured(capture(model, example, dynamic_shapes=dynamic_shapes))
+def _float_parts(regions: Regions) -> tuple[str, ...]:
+    """What stays Python code around the graphs, and why."""
+    if not regions.stopped_by:
+        return ()
+    return (regions.stopped_by, *(f"{path}: {reason}" for path, reason in regions.skipped.items()))
 
 
 def _recipe(recipe: str | Recipe) -> Recipe:
@@ -206,6 +201,12 @@ def _recipe(recipe: str | Recipe) -> Recipe:
     if not isinstance(recipe, str):
         raise ConfigError(f"recipe is a {type(recipe).__name__}", hint="give a preset's name or a qfx.Recipe")
     return Recipe.preset(recipe)
+
+
+def _device(model: nn.Module) -> str:
+    """The type of device that the model's tensors are on."""
+    tensors = (t for t in (*model.parameters(), *model.buffers())) if isinstance(model, nn.Module) else ()
+    return next((t.device.type for t in tensors if not t.is_meta), "cpu")
 
 
 def _bound(pipeline: Pipeline | None, recipe: Recipe, target: Target) -> Pipeline:
@@ -257,13 +258,12 @@ def _convert(prepared: nn.Module, *, verbose: bool) -> nn.Module:
     parts = graphs(prepared)
     for path, gm in parts.items():
         if stage_of(gm) is not Stage.CALIBRATED:
-            raise CalibrationError(
-                f"the model is {stage_of(gm).name}, not CALIBRATED", where=path, hint="run qfx.calibrate(prepared, data)"
-            )
+            what = f"the model is {stage_of(gm).name}, not CALIBRATED"
+            raise CalibrationError(what, where=path, hint="run qfx.calibrate(prepared, data)")
     assert plan.first_call is not None
     with undisturbed():
         calls = _calls(prepared, parts, plan.first_call)
-        reports = [_convert_graph(gm, inputs, plan, path) for path, (gm, inputs) in calls.items()]
+        reports = [_convert_graph(gm, inputs, plan) for gm, inputs in calls]
     delattr(prepared, _PLAN)
     whole = _joined(reports, plan, prepared)
     setattr(prepared, _REPORT, whole)
@@ -274,10 +274,10 @@ def _convert(prepared: nn.Module, *, verbose: bool) -> nn.Module:
 
 def _calls(
     model: nn.Module, parts: Mapping[str, fx.GraphModule], call: Example
-) -> dict[str, tuple[fx.GraphModule, tuple[Tensor, ...]]]:
+) -> list[tuple[fx.GraphModule, tuple[Tensor, ...]]]:
     """Every graph with the flat inputs that it gets in ``call`` of the whole model."""
     if list(parts) == [""]:
-        return {"": (parts[""], flat_inputs(parts[""], call.args, dict(call.kwargs)))}
+        return [(parts[""], flat_inputs(parts[""], call.args, dict(call.kwargs)))]
     seen: dict[str, tuple[fx.GraphModule, tuple[Tensor, ...]]] = {}
 
     def note(path: str, gm: fx.GraphModule) -> Any:
@@ -293,12 +293,12 @@ def _calls(
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return list(seen.values())
 
 
-def _convert_graph(gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan, path: str) -> Report:
+def _convert_graph(gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan) -> Report:
     inputs = _few(inputs)
-    rows = _prefixed(rows_before(gm), path)
+    rows = rows_before(gm)
     groups = len({info(n).group for n in gm.graph.nodes} - {""})
     noise = measure(gm, inputs)
     plan.behind.run(gm)
@@ -341,12 +341,6 @@ def _worst(reference: Iterable[Any], actual: Iterable[Any]) -> float | None:
         if isinstance(x, Tensor) and x.is_floating_point()
     ]
     return min(values) if values else None
-
-
-def _prefixed(rows: tuple[NodeRow, ...], path: str) -> tuple[NodeRow, ...]:
-    if not path:
-        return rows
-    return tuple(dataclasses.replace(row, layer=f"{path}.{row.layer}".rstrip(".")) for row in rows)
 
 
 def _joined(reports: list[Report], plan: _Plan, model: nn.Module) -> Report:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from qfx.errors import CalibrationError, QfxWarning
@@ -57,7 +58,9 @@ def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any],
         CalibrationError: there are no data, or an item does not fit the example.
     """
     graphs = list(graphs)
-    active = [m for gm in graphs for n, m in fake_quants(gm) if not is_constant(n.args[0])]  # type: ignore[arg-type]
+    active = list(  # once each, though several nodes may call it
+        dict.fromkeys(m for gm in graphs for n, m in fake_quants(gm) if not is_constant(n.args[0]))  # type: ignore[arg-type]
+    )
     _looks_like_test_data(data)
     samples, first = 0, None
     try:
@@ -77,10 +80,9 @@ def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any],
             "the calibration data are empty",
             hint="a generator is exhausted after one use: pass a list, a DataLoader, or a fresh generator",
         )
+    for module in active:
+        module.calculate()
     for gm in graphs:
-        for _, module in fake_quants(gm):
-            if module in active:
-                module.calculate()
         update_graph(gm, stage=Stage.CALIBRATED.name)
         _warn_outliers(gm)
     if active and any(m.observer is not None for m in active) and samples < ENOUGH_SAMPLES:
@@ -93,8 +95,7 @@ def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any],
 
 def _with_bar(data: Iterable[Any]) -> Iterator[Any]:
     """A progress bar that shows itself after two seconds of work."""
-    total = len(data) if hasattr(data, "__len__") else None
-    return iter(tqdm(data, desc="calibrate", total=total, delay=2.0, leave=False, unit="batch"))
+    return iter(tqdm(data, desc="calibrate", delay=2.0, leave=False, unit="batch"))
 
 
 def _rows(call: Example) -> int:
@@ -104,6 +105,8 @@ def _rows(call: Example) -> int:
 
 def _looks_like_test_data(data: Any) -> None:
     dataset = getattr(data, "dataset", data)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
     split = str(getattr(dataset, "split", "")).lower()
     if getattr(dataset, "train", None) is False or split in ("test", "val", "valid", "validation"):
         warnings.warn(
@@ -118,12 +121,12 @@ def _looks_like_test_data(data: Any) -> None:
 def _warn_outliers(gm: fx.GraphModule) -> None:
     """Tell where the chosen range is far narrower than the data."""
     found = []
-    for _, module in fake_quants(gm):
+    for module in dict.fromkeys(m for _, m in fake_quants(gm)):
         extremes = getattr(module.observer, "extremes", None)
-        if extremes is None or module.observer is None:
+        if extremes is None or module.scale.numel() != 1:
             continue
-        low, high = (float(t) for t in module.observer.range())
-        ratio = max(abs(extremes[0]), abs(extremes[1])) / max(abs(low), abs(high), 2.0**-60)
+        steps = max(module.spec.quant_max - int(module.zero_point), int(module.zero_point) - module.spec.quant_min)
+        ratio = max(abs(extremes[0]), abs(extremes[1])) / (steps * float(module.scale))
         if ratio > CLIPPED:
             found.append(f"{module.layer}: values reach {ratio:.0f} times the range that is kept")
     if found:
@@ -136,5 +139,3 @@ def _warn_outliers(gm: fx.GraphModule) -> None:
             ),
             stacklevel=5,
         )
-
-

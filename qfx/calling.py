@@ -71,7 +71,8 @@ def signature_of(parameters: Sequence[Parameter]) -> inspect.Signature:
 def bind(model: str, parameters: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The value of every parameter of the call, defaults included, in the order of the signature.
 
-    Positional extras come as a tuple under the name of ``*args``, unknown keywords as a dict under that of ``**kwargs``.
+    Positional extras come as a tuple under the name of ``*args``, unknown keywords as a dict under that of
+    ``**kwargs``.
 
     Raises:
         CaptureError: an argument is missing, unknown, given twice, or one too many.
@@ -289,12 +290,18 @@ class CallCodeGen(CodeGen):
         return f"return _build_result({options.get('repr_fn', repr)(output_args)})"
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [*super().additional_globals(), ("_bind_call", self.binder.flat), ("_build_result", self.process_outputs)]
+        return [
+            *super().additional_globals(),
+            ("_bind_call", self.binder.flat),
+            ("_build_result", self.process_outputs),
+        ]
 
     def process_inputs(self, *args: Any) -> Any:
         leaves, _ = flatten(args)
         if len(leaves) != len(self.binder.tensors):
-            raise CaptureError(f"{self.binder.model} takes {len(self.binder.tensors)} tensors; it is given {len(leaves)}")
+            raise CaptureError(
+                f"{self.binder.model} takes {len(self.binder.tensors)} tensors; it is given {len(leaves)}"
+            )
         return self.binder.checked(leaves)
 
     def process_outputs(self, outputs: Any) -> Any:

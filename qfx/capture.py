@@ -7,11 +7,14 @@ assertions (:mod:`qfx.exported`), call binding (:mod:`qfx.calling`), and a compa
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from traceback import FrameSummary, StackSummary
 from typing import Any
 
 import torch
@@ -41,7 +44,7 @@ from qfx.meta import add_notes, graph_info, update_graph, value
 from qfx.origin import error_line, stack_line
 from qfx.shadow import shadow_of, undisturbed
 from qfx.shapes import Freedom, batch_freedom, explicit, no_freedom, token_freedom
-from qfx.structure import Constant, Container, Leaf, Structure, flatten, paths, rebuild
+from qfx.structure import Constant, Container, Leaf, Structure, flatten, opaque, paths, rebuild
 
 log = logging.getLogger(__name__)
 
@@ -106,12 +109,16 @@ def check_model(model: nn.Module) -> None:
         raise CaptureError(f"the model is a {type(model).__name__}", hint="give a torch.nn.Module")
     for path, module in model.named_modules():
         if graph_info(module).stage:
-            raise CaptureError("the model is already captured or quantized by qfx", where=path, hint="give the float model")
+            raise CaptureError(
+                "the model is already captured or quantized by qfx", where=path, hint="give the float model"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device: it has no values", hint="load the weights first")
         if type(tensor).__name__ == "FakeTensor":
-            raise CaptureError(f"{name} is a FakeTensor: it has no values", hint="build the model outside FakeTensorMode")
+            raise CaptureError(
+                f"{name} is a FakeTensor: it has no values", hint="build the model outside FakeTensorMode"
+            )
 
 
 def warn_of_training(model: nn.Module) -> None:
@@ -135,10 +142,11 @@ class Subject:
     form: CallForm
     structure: Container
     tensors: tuple[Tensor, ...]
+    path: str = ""
 
     @classmethod
-    def of(cls, model: nn.Module, shadow: nn.Module, example: Example) -> Subject:
-        """Bind the example to the model's signature.
+    def of(cls, model: nn.Module, shadow: nn.Module, example: Example, path: str = "") -> Subject:
+        """Bind the example to the model's signature; ``path`` is where a child stands in the user's whole model.
 
         Raises:
             CaptureError: wrong arity, or a tensor without values.
@@ -150,9 +158,13 @@ class Subject:
         for at, part in arguments(structure):
             if isinstance(part, Leaf) and (not isinstance(leaves[part.index], Tensor) or _is_empty(leaves[part.index])):
                 raise CaptureError(f"example input {at} has no values", hint="give an ordinary tensor")
+        for name, child in zip(structure.keys, structure.children, strict=True):
+            if found := opaque(child, str(name)):
+                _refuse_default(parameters, *found)
         if not leaves:
             raise CaptureError("example_inputs holds no tensor", hint="give at least one tensor")
-        return cls(model, shadow, parameters, CallForm.of(example.args, example.kwargs), structure, _distinct(leaves))
+        form = CallForm.of(example.args, example.kwargs)
+        return cls(model, shadow, parameters, form, structure, _distinct(leaves), path)
 
     @property
     def name(self) -> str:
@@ -184,10 +196,19 @@ def arguments(structure: Container) -> list[tuple[str, Leaf | Constant]]:
     ]
 
 
+def _refuse_default(parameters: Sequence[Parameter], at: str, value: Any) -> None:
+    """An object as argument is refused, unless it is merely the parameter's default."""
+    if not any(p.name == at and p.has_default and p.default is value for p in parameters):
+        raise CaptureError(
+            f"argument {at} is a {type(value).__name__}, which a graph cannot take",
+            hint="give tensors, numbers, strings, None, or containers and dataclasses of them",
+        )
+
+
 def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies of tensors that come twice: ``torch.export`` would take the two arguments for one."""
-    seen: set[int] = set()
-    return tuple(t.clone() if id(t) in seen else seen.add(id(t)) or t for t in tensors)
+    """Copies of tensors that come twice, which ``torch.export`` would take for one, and of those of inference mode."""
+    first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
+    return tuple(t if first[id(t)] == i and not t.is_inference() else t.clone() for i, t in enumerate(tensors))
 
 
 def _is_empty(tensor: Tensor) -> bool:
@@ -200,23 +221,30 @@ class _Flat(nn.Module):
     def __init__(self, subject: Subject, keep: Callable[[Structure], None]) -> None:
         super().__init__()
         self.model = subject.shadow
-        self.call = lambda leaves: subject.form.call(subject.parameters, rebuild(subject.structure, leaves))
+        self.subject = subject
         self.keep = keep
-        self.eval()
+        self.training = False
 
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
-        args, kwargs = self.call(leaves)
+        subject = self.subject
+        args, kwargs = subject.form.call(subject.parameters, rebuild(subject.structure, leaves))
         flat, structure = flatten(self.model(*args, **kwargs))
+        if found := opaque(structure, "its result"):
+            raise CaptureError(f"{found[0]} is a {type(found[1]).__name__}, which a graph cannot return")
         self.keep(structure)
         return tuple(flat)
 
 
-class DataDependentError(CaptureError):
+class UncapturableError(CaptureError):
+    """The model cannot become one graph; parts of it may (:func:`qfx.regions.capture_regions`)."""
+
+
+class DataDependentError(UncapturableError):
     """Python code of the model decides by the values of tensors; no choice of free sizes helps."""
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """The example at the size to trace at, and both sizes with the model's own results to compare with.
 
     ``fixed`` says why the batch must stay as given; ``""`` where it may be free.
@@ -227,7 +255,7 @@ class _Sizes:
     fixed: str = ""
 
 
-class FixedBatchError(CaptureError):
+class FixedBatchError(UncapturableError):
     """The model's own code makes the batch size a constant."""
 
 
@@ -242,15 +270,18 @@ def capture_subject(subject: Subject, ladder: Sequence[Freedom], *, exactly: boo
     """
     given = _own_results(subject, subject.tensors)
     free = _sizes(subject, given)
-    fixed = _Sizes(subject.tensors, ((subject.tensors, given),))
-    steps = [(f, free) for f in ladder if any(0 in dims for dims in f) and not free.fixed]
+    fixed = Sizes(subject.tensors, ((subject.tensors, given),))
+    steps = [(f, free) for f in ladder if any(0 in dims for dims in f)]
+    if free.fixed and exactly and steps:
+        raise UncapturableError(f"the batch of {subject.name} cannot be free as dynamic_shapes asks: {free.fixed}")
+    steps = [] if free.fixed else steps
     if not exactly or not steps:
         steps += [(f, fixed) for f in _without_batch(ladder)]
     why, refused = free.fixed, ""
-    while steps:
+    while True:
         freedom, sizes = steps.pop(0)
         try:
-            gm = _attempt(subject, freedom, sizes)
+            gm = attempt(subject, freedom, sizes)
         except CaptureError as error:
             log.debug("%s is not captured with %s free: %s", subject.name, freedom, error)
             if isinstance(error, FixedBatchError):
@@ -259,9 +290,8 @@ def capture_subject(subject: Subject, ladder: Sequence[Freedom], *, exactly: boo
                 raise
             refused = refused or error.what
             continue
-        _explain(gm, ladder[0], why, refused)
+        _explain(gm, subject.tensors, ladder[0], why, refused)
         return gm
-    raise CaptureError(f"the batch of {subject.name} cannot be free as dynamic_shapes asks: {free.fixed}")
 
 
 def _without_batch(ladder: Sequence[Freedom]) -> list[Freedom]:
@@ -285,11 +315,11 @@ def _own_results(subject: Subject, tensors: Sequence[Tensor]) -> list[Any]:
         ) from error
 
 
-def _sizes(subject: Subject, given: list[Any]) -> _Sizes:
+def _sizes(subject: Subject, given: list[Any]) -> Sizes:
     """See whether the leading dimension is a batch, by the model's results for a row alone and for several."""
     other = resized(subject.tensors)
     if other is None:
-        return _Sizes(subject.tensors, ((subject.tensors, given),))
+        return Sizes(subject.tensors, ((subject.tensors, given),))
     grown = batch_of(subject.tensors) == 1
     try:
         results = flatten(subject.run(other))[0]
@@ -300,11 +330,11 @@ def _sizes(subject: Subject, given: list[Any]) -> _Sizes:
         reason = row_disagreement(single, several)
         if not reason:
             both = ((subject.tensors, given), (other, results))
-            return _Sizes(other if grown else subject.tensors, both)
-    return _Sizes(subject.tensors, ((subject.tensors, given),), reason if grown else "")
+            return Sizes(other if grown else subject.tensors, both)
+    return Sizes(subject.tensors, ((subject.tensors, given),), reason if grown else "")
 
 
-def _attempt(subject: Subject, freedom: Freedom, sizes: _Sizes) -> CapturedModule:
+def attempt(subject: Subject, freedom: Freedom, sizes: Sizes) -> CapturedModule:
     """Export with these sizes free, rebuild, and compare with the model itself.
 
     Raises:
@@ -313,7 +343,7 @@ def _attempt(subject: Subject, freedom: Freedom, sizes: _Sizes) -> CapturedModul
     results: list[Structure] = []
     program = _export(_Flat(subject, results.append), sizes.traced, freedom, subject.name)
     names = [at for at, part in arguments(subject.structure) if isinstance(part, Leaf)]
-    gm = graph_module_of(program, subject.model, "model", [_identifier(n) for n in names])
+    gm = graph_module_of(program, subject.model, "model", [_identifier(n) for n in names], subject.path)
     specs = _tensor_specs(gm, names)
     fixed = [i for i, dims in enumerate(freedom) if 0 in dims and isinstance(specs[i].sizes[0], int)]
     grown = [i for i in fixed if subject.tensors[i].shape[0] != sizes.traced[i].shape[0]]
@@ -330,14 +360,37 @@ def _attempt(subject: Subject, freedom: Freedom, sizes: _Sizes) -> CapturedModul
 
 def _export(flat: nn.Module, tensors: tuple[Tensor, ...], freedom: Freedom, name: str) -> ExportedProgram:
     try:
-        return torch.export.export(flat, tensors, dynamic_shapes={"leaves": tuple(freedom)}, strict=False)
+        with _quiet():
+            return torch.export.export(flat, tensors, dynamic_shapes={"leaves": tuple(freedom)}, strict=False)
     except Exception as error:
-        kind = DataDependentError if _is_data_dependent(error) else CaptureError
+        kind = DataDependentError if _is_data_dependent(error) else UncapturableError
         raise kind(
             f"{name} cannot be exported: {_short(error)}",
             source=error_line(error),
             hint="make this line independent of the values of tensors, or quantize the modules around it one by one",
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch prints the graph that it could not finish and logs advice; an error of ours says it instead.
+
+    It also warns of tensors that the model keeps as attributes, as every ``nn.LSTM`` does: a graph keeps none.
+    """
+    printed = io.StringIO()
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export._trace")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with redirect_stderr(printed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if printed.getvalue():
+            log.debug("printed during export:\n%s", printed.getvalue())
 
 
 _DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
@@ -363,12 +416,17 @@ def _identifier(path: str) -> str:
 
 
 def _tensor_specs(gm: fx.GraphModule, names: Sequence[str]) -> tuple[TensorSpec, ...]:
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    values = [value(n) for n in placeholders]
+    values = [value(n) for n in gm.graph.nodes if n.op == "placeholder"]
     return tuple(
-        TensorSpec(name, val.dtype, tuple(s if isinstance(s, int) else str(s.node.expr) for s in val.shape))
-        for name, val in zip(names, values, strict=True)
+        TensorSpec(name, val.dtype, tuple(_size(s) for s in val.shape)) for name, val in zip(names, values, strict=True)
     )
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    """A number where the trace fixed it (a symbol that turned out to be one, too), else the symbol's name."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_Integer else str(size.node.expr)
 
 
 def _limits(program: ExportedProgram) -> dict[str, int]:
@@ -386,7 +444,7 @@ def _compare(gm: CapturedModule, subject: Subject, tensors: Sequence[Tensor], wa
     except Exception as error:
         text = _short(error)
     if text:
-        raise CaptureError(
+        raise UncapturableError(
             f"the graph of {subject.name} is not what the model does at batch {batch_of(tensors)}: {text}",
             hint="give an example with the sizes, and the branches of Python code, that you need",
         )
@@ -396,10 +454,11 @@ def _is_random(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def _explain(gm: CapturedModule, wanted: Freedom, batch: str, refused: str) -> None:
+def _explain(gm: CapturedModule, given: Sequence[Tensor], wanted: Freedom, batch: str, refused: str) -> None:
     """Note every size that should have been free and is not, and why; warn of a fixed batch.
 
     Args:
+        given: the example's tensors.
         wanted: what the first step asked for.
         batch: why the batch is fixed, where that is known.
         refused: what the export said to the first step, where it was refused.
@@ -407,23 +466,34 @@ def _explain(gm: CapturedModule, wanted: Freedom, batch: str, refused: str) -> N
     notes: list[str] = []
     for i, (spec, dims) in enumerate(zip(codegen_of(gm).binder.tensors, wanted, strict=True)):
         for dim in dims:
-            if isinstance(spec.sizes[dim], str):
+            size = spec.sizes[dim]
+            if isinstance(size, str):
                 continue
-            why = (batch if dim == 0 else "") or refused
-            why = why or f"the model's code makes it a constant{_where_fixed(gm, i, dim)}"
-            notes.append(f"{spec.path}: dimension {dim} is fixed at {spec.sizes[dim]}: {why}")
-            if dim == 0:
+            is_batch = dim == 0 and given[i].shape[0] == batch_of(given)
+            why = (batch if is_batch else "") or refused or _why_fixed(gm, i, dim, size)
+            notes.append(f"{spec.path}: dimension {dim} is fixed at {size}: {why}")
+            if is_batch:
                 warnings.warn(f"{notes[-1]}; the captured model runs at that size only", FixedSizeWarning, stacklevel=4)
     add_notes(gm, NOTES, notes)
 
 
+def _why_fixed(gm: fx.GraphModule, tensor: int, dim: int, size: int) -> str:
+    if size < 2:
+        return "torch.export takes a size below 2 for a constant; give an example with a greater one"
+    return f"the model's code makes it a constant{_where_fixed(gm, tensor, dim)}"
+
+
 def _where_fixed(gm: fx.GraphModule, tensor: int, dim: int) -> str:
-    """`` at file:line`` of the user's code that made a size a constant, where torch has recorded it."""
+    """`` at file:line`` of the user's code that made a size a constant, where torch's guards tell it."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    shape_env = value(placeholders[tensor]).fake_mode.shape_env
-    stacks = shape_env.specialization_stacks if shape_env else {}
-    for source, stack in stacks.items():
-        if str(getattr(source, "name", "")) == f"L['leaves'][{tensor}].size()[{dim}]":
-            line = stack_line(stack)
+    val = value(placeholders[tensor])
+    size, shape_env = val.shape[dim], val.fake_mode.shape_env
+    if isinstance(size, int) or shape_env is None:
+        return ""
+    symbol = size.node._expr
+    for guard in shape_env.guards:
+        frame = guard.sloc.framework_loc
+        if symbol in guard.expr.free_symbols and isinstance(frame, FrameSummary):
+            line = stack_line(StackSummary.from_list([frame]))
             return f" at {line}" if line else ""
     return ""

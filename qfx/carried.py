@@ -23,23 +23,24 @@ def carry_over(model: nn.Module, gm: fx.GraphModule) -> None:
     These are the instance's attributes, simple values of its classes, and what its properties ``dtype`` and ``device``
     say. Left behind is what holds tensors or modules, what can be called, and what cannot be copied or pickled.
     """
-    for name, value in _attributes(model):
-        if name.startswith("_") or hasattr(gm, name) or callable(value):
+    for name in _names(model):
+        if name.startswith("_") or hasattr(gm, name):
             continue
         try:
-            _check_plain(value)
-            setattr(gm, name, copy.deepcopy(value))
-        except Exception as error:  # whatever the user's own __reduce__ or __deepcopy__ raises
+            value = getattr(model, name)
+            if not callable(value):
+                _check_plain(value)
+                setattr(gm, name, copy.deepcopy(value))
+        except Exception as error:  # whatever the user's own property, __reduce__ or __deepcopy__ raises
             log.debug("attribute %r of %s is not carried over: %s", name, type(model).__name__, error)
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from vars(model).items()
-    for cls in type(model).__mro__[: type(model).__mro__.index(nn.Module)]:
-        yield from ((k, v) for k, v in vars(cls).items() if isinstance(v, _PLAIN))
-    for name in ("dtype", "device"):
-        if isinstance(getattr(type(model), name, None), property):
-            yield name, getattr(model, name)
+def _names(model: nn.Module) -> Iterator[str]:
+    classes = type(model).__mro__
+    yield from vars(model)
+    for cls in classes[: classes.index(nn.Module)]:
+        yield from (name for name, value in vars(cls).items() if isinstance(value, _PLAIN))
+    yield from (name for name in ("dtype", "device") if isinstance(getattr(type(model), name, None), property))
 
 
 class _PlainPickler(pickle.Pickler):

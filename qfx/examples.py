@@ -22,7 +22,8 @@ class Example:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the call by their path, such as ``[0]`` or ``['mask']``."""
-        named = {**dict(enumerate(self.args)), **self.kwargs}
+        named: dict[int | str, Any] = dict(enumerate(self.args))
+        named.update(self.kwargs)
         leaves, structure = flatten(named)
         return {at: leaves[part.index] for at, part in paths(structure) if hasattr(part, "index")}
 
@@ -81,7 +82,9 @@ def _call(item: Any, example: Example, where: str) -> Example:
             )
         missing = [k for k in example.kwargs if k not in item]
         if missing:
-            raise CalibrationError(f"{where} has no {missing}; its keys are {list(item)}", hint="yield the example's keys")
+            raise CalibrationError(
+                f"{where} has no {missing}; its keys are {list(item)}", hint="yield the example's keys"
+            )
         return Example((), {k: item[k] for k in example.kwargs})
     if not isinstance(item, (Tensor, tuple, list)):
         raise CalibrationError(f"{where} is a {type(item).__name__}", hint="yield tensors, tuples or dicts")

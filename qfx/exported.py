@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,23 +25,29 @@ _INLINED = {"wrap_with_set_grad_enabled": (1, 2), "wrap_with_autocast": (4, 5)}
 
 _KEPT_META = ("val", "stack_trace")
 
-def graph_module_of(program: ExportedProgram, user: nn.Module, prefix: str, names: Sequence[str]) -> CapturedModule:
+
+def graph_module_of(
+    program: ExportedProgram, user: nn.Module, prefix: str, names: Sequence[str], path: str = ""
+) -> CapturedModule:
     """A CapturedModule that shares its weights with ``user``; its inputs and outputs are flat.
 
     Args:
         program: what ``torch.export`` made of a wrapper that holds the user's model as its child ``prefix``.
         user: the model whose tensors the graph refers to, by their own names.
         names: the names that the placeholders shall bear.
+        path: where ``user`` stands in a larger model: nodes say where they come from in terms of that.
 
     Raises:
         CaptureError: the program holds an object that a graph cannot.
     """
     if any(_is_vmap(node.target) for node in program.graph.nodes):
-        program = program.run_decompositions({})  # traces anew, behind vmap; composite operators stay whole
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own pytree classes
+            program = program.run_decompositions({})  # traces anew, behind vmap; composite operators stay whole
     for spec in program.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(f"the model changes {spec.target!r} while it runs under vmap")
-    return _Builder(program, user, prefix, fx.Graph()).build(names)
+    return _Builder(program, user, prefix, path, fx.Graph()).build(names)
 
 
 def _is_vmap(target: Any) -> bool:
@@ -63,6 +70,7 @@ class _Builder:
     program: ExportedProgram
     user: nn.Module
     prefix: str
+    path: str
     graph: fx.Graph
     root: nn.Module = field(default_factory=nn.Module)
     used: dict[int, _TensorRef] = field(default_factory=dict)
@@ -96,7 +104,9 @@ class _Builder:
             if spec.kind is InputKind.USER_INPUT:
                 continue
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                raise CaptureError(f"the graph needs {spec.target!r}, which is a {spec.kind.name.lower()} and no tensor")
+                raise CaptureError(
+                    f"the graph needs {spec.target!r}, which is a {spec.kind.name.lower()} and no tensor"
+                )
             own = str(spec.target).removeprefix(self.prefix + ".")
             tensor = _tensor_at(self.user, own) if own != spec.target else None
             persistent = spec.kind is not InputKind.BUFFER or bool(spec.persistent)
@@ -130,12 +140,13 @@ class _Builder:
 
     def _call(self, source: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         inlined = _INLINED.get(getattr(node.target, "_name", ""))
+        given: Sequence[Any] = node.args
         if inlined and not _autocasts(node):
-            body, first = env[node.args[inlined[0]]], node.args[inlined[1] :]
+            body, first = env[given[inlined[0]]], given[inlined[1] :]
             inner = [n for n in body.graph.nodes if n.op == "placeholder"]
             return self._copy(body, {n: env.get(a, a) for n, a in zip(inner, first, strict=True)})
-        if node.target is operator.getitem and isinstance(source_value := env.get(node.args[0]), list):
-            return source_value[node.args[1]]
+        if node.target is operator.getitem and isinstance(results := env.get(given[0]), list):
+            return results[given[1]]
         if node.target is torch.ops.aten.detach_.default:  # nothing to cut: the graph is of inference
             return self._resolve(node.args[0], env, node)
         args = map_arg(node.args, lambda n: self._resolve(n, env, node))
@@ -154,8 +165,9 @@ class _Builder:
 
     def _attribute(self, ref: _TensorRef, user: fx.Node) -> fx.Node:
         meta = self._meta(user)
-        stack = list(meta.get("nn_module_stack", {}).values())
+        stack = list(meta["nn_module_stack"].values())
         owner = clean_path(stack[-1][0]) if stack else ""
+        owner = owner.removeprefix(self.path).removeprefix(".")
         name = next((n for n in ref.names if n.rpartition(".")[0] == owner), ref.names[0])
         if name not in self.attributes:
             new = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
@@ -177,10 +189,13 @@ class _Builder:
         meta = {k: node.meta[k] for k in _KEPT_META if node.meta.get(k) is not None}
         stack = node.meta.get("nn_module_stack") or {}
         own = {key: (path, kind) for key, (path, kind) in stack.items() if _is_within(path, self.prefix)}
-        meta["nn_module_stack"] = {
-            key: (path.removeprefix(self.prefix).removeprefix("."), kind) for key, (path, kind) in own.items()
-        }
+        meta["nn_module_stack"] = {key: (self._told(path), kind) for key, (path, kind) in own.items()}
         return meta
+
+    def _told(self, path: str) -> str:
+        """The path inside the wrapper as one of the whole model."""
+        own = path.removeprefix(self.prefix).removeprefix(".")
+        return f"{self.path}.{own}" if self.path and own else self.path or own
 
 
 def _is_within(path: str, prefix: str) -> bool:
@@ -217,8 +232,8 @@ def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
     found: defaultdict[int, list[str]] = defaultdict(list)
     for name, tensor in model.named_parameters(remove_duplicate=False):
         found[id(tensor)].append(name)
-    for name, tensor in model.named_buffers(remove_duplicate=False):
-        found[id(tensor)].append(name)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        found[id(buffer)].append(name)
     return {key: tuple(names) for key, names in found.items()}
 
 
@@ -275,7 +290,7 @@ def _register(root: nn.Module, ref: _TensorRef, *, clone: bool) -> None:
     """Put the tensor under all its names, as a tensor of its own that shares the user's memory."""
     shared = ref.tensor.detach().clone() if clone else ref.tensor.detach()
     is_parameter = isinstance(ref.tensor, nn.Parameter)
-    held = nn.Parameter(shared, requires_grad=ref.tensor.requires_grad) if is_parameter else shared
+    held: Tensor = nn.Parameter(shared, requires_grad=ref.tensor.requires_grad) if is_parameter else shared
     for path in ref.names:
         *parents, name = path.split(".")
         owner = root
@@ -287,4 +302,3 @@ def _register(root: nn.Module, ref: _TensorRef, *, clone: bool) -> None:
             owner.register_parameter(name, held)
         else:
             owner.register_buffer(name, held, persistent=ref.persistent)
-

@@ -33,7 +33,8 @@ class FakeQuantize(nn.Module):
         scale, zero_point = torch.zeros(0), torch.zeros(0, dtype=torch.int32)
         if isinstance(spec, FixedSpec):
             self.axis, self.group_size = None, None
-            scale, zero_point = torch.tensor(spec.scale), torch.tensor(spec.zero_point, dtype=torch.int32)
+            scale = torch.tensor(spec.scale, dtype=torch.float32)
+            zero_point = torch.tensor(spec.zero_point, dtype=torch.int32)
         else:
             self.axis, self.group_size = spec.granularity.layout()
             if not spec.dynamic:
@@ -82,9 +83,9 @@ class FakeQuantize(nn.Module):
         if not self.quantizing:
             return x
         scale, zero_point = self.qparams(x)
-        rounded, _ = fake_quantize(
+        rounded: Tensor = fake_quantize(
             x, scale, zero_point, self.axis, self.group_size, self.spec.quant_min, self.spec.quant_max
-        )
+        )[0]
         return rounded
 
     def extra_repr(self) -> str:

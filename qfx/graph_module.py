@@ -72,7 +72,7 @@ class CapturedModule(fx.GraphModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         refuse_dtype(self, fn)
-        moved = cast(Self, super()._apply(fn, recurse))
+        moved = cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
         changed = _move_devices(self.graph, fn)
         codegen = self.graph._codegen
         if isinstance(codegen, CallCodeGen):

@@ -1,7 +1,7 @@
 """One example, two batch sizes: the row alone and the row repeated, and whether results agree on it.
 
-``torch.export`` fixes a size of 1, so a batch of 1 is grown to 2 for tracing; an example of a larger batch is narrowed to
-1, to see that the graph runs there too.
+``torch.export`` fixes a size of 1, so a batch of 1 is grown to 2 for tracing; an example of a larger batch is narrowed
+to 1, to see that the graph runs there too.
 """
 
 from __future__ import annotations

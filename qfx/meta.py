@@ -108,6 +108,6 @@ def set_value(node: fx.Node, val: Any) -> None:
 
 def describe(node: fx.Node) -> dict[str, Any]:
     """Meta data that a node inserted next to ``node`` inherits: where it comes from, not what was decided."""
-    kept = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack", "val") if k in node.meta}
+    kept: dict[str, Any] = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack", "val") if k in node.meta}
     kept[_KEY] = NodeInfo(origin=info(node).origin)
     return kept

@@ -83,7 +83,7 @@ class Report:
     def table(self) -> str:
         """The before/after node table alone."""
         header = ("operator", "layer", "shape", "before → after", "w", "a", "kernel", "SQNR dB", "reason")
-        return tabulate([_cells(row) for row in self.rows], header, tablefmt="simple", disable_numparse=True)
+        return str(tabulate([_cells(row) for row in self.rows], header, tablefmt="simple", disable_numparse=True))
 
     def summary(self) -> str:
         """The lines below the table."""
@@ -98,7 +98,7 @@ class Report:
             "weights": f"{_size(self.weight_bytes_before)} → {_size(self.weight_bytes_after)}",
             "SQNR of the output": _db(self.output_sqnr_db) + (" dB" if self.output_sqnr_db is not None else ""),
         }
-        return tabulate(lines.items(), tablefmt="plain")
+        return str(tabulate(lines.items(), tablefmt="plain"))
 
     def remarks(self) -> str:
         """Notes by topic, each topic cut to its first few lines."""

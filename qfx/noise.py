@@ -83,5 +83,3 @@ def measure(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> Noise:
         pair = runner.run(*inputs, enable_io_processing=False)
     outputs = pair.float_ if isinstance(pair.float_, tuple | list) else (pair.float_,)
     return Noise(runner.by_node, tuple(outputs))
-
-

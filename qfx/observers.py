@@ -10,7 +10,9 @@ To plug in one's own: subclass :class:`Observer`, write ``observe`` and ``range`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,7 +109,9 @@ class MinMax(Observer):
 
     def observe(self, x: Tensor) -> None:
         low, high = self.min_max(x)
-        self.low, self.high = (torch.minimum(self.low, low), torch.maximum(self.high, high)) if self.seen else (low, high)
+        if self.seen:
+            low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.low, self.high = low, high
 
     def range(self) -> tuple[Tensor, Tensor]:
         return self.low, self.high
@@ -131,6 +135,9 @@ class MovingAverageMinMax(MinMax):
             low = torch.lerp(self.low, low, self.averaging_constant)
             high = torch.lerp(self.high, high, self.averaging_constant)
         self.low, self.high = low, high
+
+
+_DOWN = 2.0**-20
 
 
 class _Binned(Observer):
@@ -158,18 +165,17 @@ class _Binned(Observer):
         low, high = (float(t) for t in self.min_max(x))
         if not self.seen:
             self.extremes = (low, high)
-            self.low = low
-            self.width = max((high - low) / self.bins, abs(low) * 2.0**-16, abs(high) * 2.0**-16, 2.0**-100)
+            smallest = max(abs(low), abs(high), 2.0**-84) * 2.0**-16
+            self.width = max((high - low) / (self.bins - 1), smallest)
+            self.low = low - self.width / 2  # the extremes, where values often pile up, are centres of bins
         else:
             self.extremes = (min(low, self.extremes[0]), max(high, self.extremes[1]))
             self._grow(low, high)
-        x = x.float()
         end = self.low + self.width * self.bins
-        fresh = torch.histc(x, bins=self.bins, min=self.low, max=end).double()
-        if self.low <= 0.0 <= end:
-            at_zero = min(int(-self.low / self.width), self.bins - 1)
-            fresh[at_zero] = (fresh[at_zero] - (x == 0).sum()).clamp(min=0)
-        self.counts += fresh
+        # Scaled down, which is exact, because histc takes x's distance from the end times the bins in float32.
+        count = partial(torch.histc, bins=self.bins, min=self.low * _DOWN, max=end * _DOWN)
+        zeros = count(x.new_zeros(1, dtype=torch.float32)).double() * (x == 0).sum()
+        self.counts += count(x.float() * _DOWN).double() - zeros
 
     def _grow(self, low: float, high: float) -> None:
         below = max(0, int((self.low - low) / self.width) + 1) if low < self.low else 0
@@ -177,7 +183,9 @@ class _Binned(Observer):
         if not below and not above:
             return
         factor = -(-(self.bins + below + above) // self.bins)
-        index = (torch.arange(self.bins, device=self.counts.device) + below) // factor
+        # In float64, because ranges may grow by more than an integer holds: from all zeros, say.
+        index = (torch.arange(self.bins, dtype=torch.float64, device=self.counts.device) + float(below)) / float(factor)
+        index = index.floor().clamp(max=self.bins - 1).long()
         self.counts = torch.zeros_like(self.counts).index_add_(0, index, self.counts)
         self.low -= below * self.width
         self.width *= factor
@@ -192,7 +200,10 @@ class _Binned(Observer):
 
 
 class Percentile(_Binned):
-    """Clips so that ``percentile`` per cent of the values lie inside, the rest split evenly over both tails."""
+    """Clips so that ``percentile`` per cent of the values lie inside, the rest split evenly over both tails.
+
+    Exact zeros are left out: they lie inside every range.
+    """
 
     def __init__(self, spec: QuantSpec, percentile: float = 99.99, bins: int = 2048) -> None:
         super().__init__(spec, bins)
@@ -202,6 +213,8 @@ class Percentile(_Binned):
 
     def range(self) -> tuple[Tensor, Tensor]:
         total = self.counts.cumsum(0)
+        if not float(total[-1]):
+            return self.as_range(*self.extremes)
         tail = (1.0 - self.percentile / 100.0) / 2 * float(total[-1])
         edges = self.edges()
         first = int(torch.searchsorted(total, tail, right=True))
@@ -214,59 +227,73 @@ class Percentile(_Binned):
 class Histogram(_Binned):
     """Clips where the expected squared error of clipping plus rounding is smallest.
 
-    For a range [a, b] with n steps, values inside are off by ``step^2 / 12`` on average (uniform rounding error),
-    values outside by their squared distance. Both come from cumulative moments of the histogram, so that thousands
-    of candidate ranges cost one table look-up each. Method: minimal mean squared error clipping, as in Banner et al.,
-    2019 (arXiv:1810.05723), on the empirical distribution.
+    The values are taken as spread evenly within each bin. Every candidate range is turned into a scale and a zero
+    point as in :meth:`qparams`, and its error is computed exactly for that density. Candidates are a geometric grid
+    over both ends of the range, refined around the best. Method: minimal mean squared error clipping, as in Banner et
+    al., 2019 (arXiv:1810.05723), on the empirical distribution.
     """
 
-    candidates = 96
+    candidates = 96  # at most, for each end of the range
+    lookups = 60_000  # at most, for each grid: what a range costs
+    rounds = 4
 
     def range(self) -> tuple[Tensor, Tensor]:
         low, high = min(self.extremes[0], 0.0), max(self.extremes[1], 0.0)
-        if not float(self.counts.sum()) or low == high:
-            return self.as_range(low, high)
-        device = self.counts.device
-        ratios = torch.linspace(1.0 / self.candidates, 1.0, self.candidates, dtype=torch.float64, device=device)
-        lows, highs = self._pairs(ratios, low, high)
-        for _ in range(2):  # once over the whole range, once more closely around the best
-            best = int(self._error(lows, highs).argmin())
-            chosen = float(lows[best]), float(highs[best])
-            near = 1.0 + (ratios - ratios.mean()) * (2.0 / self.candidates) * max(
-                high / max(chosen[1], 2.0**-60), low / min(chosen[0], -(2.0**-60)), 1.0
-            )
-            lows, highs = self._pairs(near.clamp(min=1.0 / self.candidates), *chosen)
-            lows, highs = lows.clamp(min=low), highs.clamp(max=high)
-        best = int(self._error(lows, highs).argmin())
-        return self.as_range(float(lows[best]), float(highs[best]))
+        symmetric = self.spec.scheme is Scheme.SYMMETRIC
+        if symmetric:  # the larger bound says all
+            low, high = 0.0, max(-low, high)
+        if float(self.counts.sum()) and low < high:
+            low, high = self._search(low, high)
+        return self.as_range(-high if symmetric else low, high)
 
-    def _pairs(self, ratios: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        if self.spec.scheme is Scheme.SYMMETRIC:
-            bound = ratios * max(-low, high)
-            return -bound, bound
-        lows = ratios * low if low < 0 else ratios.new_zeros(1)
-        highs = ratios * high if high > 0 else ratios.new_zeros(1)
-        grid = torch.cartesian_prod(lows, highs)
-        return grid[:, 0], grid[:, 1]
+    def _search(self, low: float, high: float) -> tuple[float, float]:
+        """The best range; an end that is 0 stays 0."""
+        levels = self.spec.quant_max - self.spec.quant_min + 1
+        ends = (low < 0.0) + (high > 0.0)
+        number = min(self.candidates, int((self.lookups / levels) ** (1 / ends)))
+        # Few levels may want a range beyond the data, so that a level comes to lie on the extreme.
+        least, most = 2.0**-10, 1.0 + 2.0 / levels
+        middle, reach = math.sqrt(least * most), math.log(most / least) / 2
+        low, high = low * middle, high * middle
+        steps = torch.linspace(1.0, -1.0, number, dtype=torch.float64, device=self.counts.device)  # ties: the widest
+        largest = torch.finfo(torch.float32).max
+        for _ in range(self.rounds):
+            ratios = (reach * steps).exp()
+            pairs = torch.cartesian_prod(*(end * (ratios if end else ratios[:1]) for end in (low, high)))
+            pairs = pairs.clamp(-largest, largest)
+            best = int(self._error(pairs[:, 0], pairs[:, 1]).argmin())
+            low, high = pairs[best].tolist()
+            reach *= 2.0 / (number - 1)
+        return low, high
 
     def _error(self, low: Tensor, high: Tensor) -> Tensor:
+        """Squared error of all values for each range, up to a constant.
+
+        With levels v and the borders b between their cells, a step apart, summation by parts turns the sum over the
+        cells into ``v_last^2 * n - 2 * v_last * sum(x) - 2 * step * sum_b S(b)``, where ``S(b)``, the sum of
+        ``b - x`` over all values x below b, is looked up in one table.
+        """
+        scale, zero_point = affine.choose_qparams(
+            low,
+            high,
+            symmetric=self.spec.scheme is Scheme.SYMMETRIC,
+            quant_min=self.spec.quant_min,
+            quant_max=self.spec.quant_max,
+        )
+        step, offset = scale.double().unsqueeze(1), zero_point.double().unsqueeze(1)
+        number = torch.arange(self.spec.quant_min, self.spec.quant_max + 1, dtype=torch.float64, device=low.device)
+        levels = (number - offset) * step
+        last = levels[:, -1]
+        counts = torch.cat([self.counts, self.counts.new_zeros(1)])  # nothing lies behind the last bin
+        below = counts.cumsum(0) - counts
         edges = self.edges()
-        centres = (edges[:-1] + edges[1:]) / 2
-        moments = [
-            torch.cat([self.counts.new_zeros(1), (self.counts * centres**k).cumsum(0)]) for k in range(3)
-        ]
-
-        def below(moment: Tensor, x: Tensor) -> Tensor:
-            place = ((x - self.low) / self.width).clamp(0, self.bins)
-            left = place.floor().long().clamp(max=self.bins - 1)
-            return torch.lerp(moment[left], moment[left + 1], place - left)
-
-        under = [below(m, low) for m in moments]
-        over = [m[-1] - below(m, high) for m in moments]
-        clipped = sum(m2 - 2 * x * m1 + x * x * m0 for x, (m0, m1, m2) in ((low, under), (high, over)))
-        step = (high - low) / float(self.spec.quant_max - self.spec.quant_min)
-        inside = moments[0][-1] - under[0] - over[0]
-        return inside * step**2 / 12 + clipped
+        shortfall = torch.cat([counts.new_zeros(1), ((below + counts / 2)[:-1] * self.width).cumsum(0)])
+        place = ((levels[:, :-1] + step / 2 - self.low) / self.width).clamp(min=0.0)
+        left = place.long().clamp(max=self.bins)
+        within = place - left
+        looked_up = shortfall[left] + self.width * within * (below[left] + counts[left] * within / 2)
+        total, weighted = below[-1], edges[-1] * below[-1] - shortfall[-1]
+        return last * last * total - 2 * last * weighted - 2 * step.squeeze(1) * looked_up.sum(1)
 
 
 class Mse(Observer):
@@ -333,4 +360,5 @@ class Mse(Observer):
             return error.sum(axis, keepdim=True)
         rows = error.movedim(axis, -1)
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.group_size))
-        return rows.unflatten(-1, (-1, self.group_size)).sum(-1).movedim(-1, axis)
+        grouped: Tensor = rows.unflatten(-1, (-1, self.group_size))
+        return grouped.sum(-1).movedim(-1, axis)

@@ -64,6 +64,7 @@ _FLOAT = {
     "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell": "recurrent layers stay float: errors add up over time",
     "rsqrt sqrt pow exp log reciprocal erf sin cos div var var_mean std norm linalg_vector_norm sum cumsum sub rsub "
     "neg abs": "no integer kernel: this arithmetic needs float's range",
+    "to _to_copy type_as": "a change of dtype or device stays float",
     "upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d grid_sampler": (
         "interpolation with weights has no integer kernel"
     ),
@@ -78,7 +79,8 @@ OPS: dict[str, Op] = {
         _rows(Kind.ANCHOR, "matmul bmm"),
         _rows(Kind.BINARY, "add mul"),
         _rows(
-            Kind.OWN, "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean"
+            Kind.OWN,
+            "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean",
         ),
         _rows(
             Kind.UNARY,
@@ -120,12 +122,17 @@ def tensor_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     ``NodeInfo.inputs`` is aligned with it.
     """
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: (found.append(n), n)[1])
+
+    def note(n: fx.Node) -> fx.Node:
+        found.append(n)
+        return n
+
+    fx.map_arg((node.args, node.kwargs), note)
     return tuple(found)
 
 
 def activations(node: fx.Node) -> tuple[int, ...]:
-    """Positions, in :func:`tensor_inputs`, of the floating-point data that flow in: not weight, bias, sizes, indices."""
+    """Positions, in :func:`tensor_inputs`, of the floating-point data: not weight, bias, sizes or indices."""
     op = lookup(node)
     places = (op.weight, op.bias) if op else ()
     fixed = {id(node.args[p]) for p in places if p is not None and p < len(node.args)}
@@ -144,23 +151,37 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def is_constant(node: fx.Node) -> bool:
-    """True for parameters, buffers, and calls on nothing else: values that no input changes."""
+    """True for parameters, buffers, and calls on nothing else: values that no input, write or chance changes."""
     if node.op == "get_attr":
-        return True
-    if node.op != "call_function" or not (inputs := tensor_inputs(node)):
+        return not is_written(node)
+    if node.op != "call_function" or mutates(node) or _draws(node) or not (inputs := tensor_inputs(node)):
         return False
     return all(is_constant(n) for n in inputs)
 
 
+def is_written(node: fx.Node) -> bool:
+    """True where an operator writes to the node's memory, through a view of it too: a buffer that holds state."""
+    touching = (u for u in node.users if u.args and u.args[0] is node)
+    return any(mutates(u) or (is_view(u) and is_written(u)) for u in touching)
+
+
+def _draws(node: fx.Node) -> bool:
+    """True where the operator draws random numbers."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
 def is_view(node: fx.Node) -> bool:
-    """True where the result shares memory with an argument: views, ``getitem`` of them, and in-place operators."""
+    """True where the result may share memory with an argument: views, ``getitem`` of them, in-place operators."""
     if name_of(node) == "getitem":
         return isinstance(node.args[0], fx.Node) and is_view(node.args[0])
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    schema = node.target._schema
-    maybe = {"reshape", "contiguous", "flatten", "to", "movedim", "unflatten", "chunk"}  # views where strides allow
-    return any(r.alias_info is not None for r in schema.returns) or name_of(node) in maybe
+    aliases = any(r.alias_info is not None for r in node.target._schema.returns)
+    return aliases or name_of(node) in _UNDECLARED_VIEWS
+
+
+_UNDECLARED_VIEWS = {"dropout", "feature_dropout", "alpha_dropout", "type_as", "broadcast_tensors", "meshgrid"}
+"""Operators that may give back their argument, or a view of it, though their schema does not say so."""
 
 
 def mutates(node: fx.Node) -> bool:

@@ -39,7 +39,10 @@ def storage_bits(bits: int) -> int:
 
 
 def pack(q: Tensor, bits: int) -> Tensor:
-    """Pack integers of ``bits`` along the last axis into uint8, shape ``[..., ceil(K * storage_bits / 8)]``."""
+    """Pack int8 or uint8 integers of ``bits`` along the last axis into uint8, ``[..., ceil(K * storage_bits / 8)]``.
+
+    Integers of 5 to 8 bits fill a byte and are returned as they are.
+    """
     width = storage_bits(bits)
     if width == 8:
         return q
@@ -47,7 +50,8 @@ def pack(q: Tensor, bits: int) -> Tensor:
     low = q.view(torch.uint8) & ((1 << width) - 1)
     low = torch.nn.functional.pad(low, (0, -low.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=q.device)
-    return (low << shifts).sum(-1, dtype=torch.int32).to(torch.uint8)
+    packed: Tensor = (low << shifts).sum(-1, dtype=torch.int32).to(torch.uint8)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, signed: bool, length: int) -> Tensor:
@@ -89,6 +93,7 @@ def _choose_qparams(
     x: Tensor, axis: int | None, group_size: int | None, symmetric: bool, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
     low, high = affine.min_max(x.detach(), axis, group_size)
+    low, high = low.contiguous(), high.contiguous()  # the layout that is promised without data
     return affine.choose_qparams(low, high, symmetric=symmetric, quant_min=quant_min, quant_max=quant_max)
 
 
@@ -126,41 +131,43 @@ for _name, _cpu, _any in (
 # --- shapes without data ----------------------------------------------------------------------------------------------
 
 
-def _scale_shape(x: Tensor, axis: int | None, group_size: int | None) -> list[Any]:
-    if axis is None:
-        return []
-    axis = axis % x.ndim
-    if group_size is None:
-        return [x.shape[axis]]
-    shape = list(x.shape)
-    shape[axis] = 1 if group_size == -1 else -(-shape[axis] // group_size)
-    return shape
-
-
-@torch.library.register_fake("qfx::quantize", lib=_LIBRARY)
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, low: int, high: int, dtype: Any) -> Tensor:
+def _shape_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, low: int, high: int, dtype: torch.dtype
+) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-@torch.library.register_fake("qfx::dequantize", lib=_LIBRARY)
-def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, dtype: Any) -> Tensor:
+def _shape_dequantize(
+    q: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, dtype: torch.dtype
+) -> Tensor:
     return torch.empty_like(q, dtype=dtype)
 
 
-@torch.library.register_fake("qfx::choose_qparams", lib=_LIBRARY)
-def _(x: Tensor, axis: Any, group_size: Any, symmetric: bool, low: int, high: int) -> tuple[Tensor, Tensor]:
-    shape = _scale_shape(x, axis, group_size)
+def _shape_choose_qparams(
+    x: Tensor, axis: Any, group_size: Any, symmetric: bool, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    shape = affine.scale_shape(x, axis, group_size)
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
 
 
-@torch.library.register_fake("qfx::fake_quantize", lib=_LIBRARY)
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, low: int, high: int) -> tuple[Tensor, Tensor]:
+def _shape_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, low: int, high: int
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
 
 
-@torch.library.register_fake("qfx::unpack", lib=_LIBRARY)
-def _(packed: Tensor, bits: int, signed: bool, length: int) -> Tensor:
+def _shape_unpack(packed: Tensor, bits: int, signed: bool, length: int) -> Tensor:
     return packed.new_empty([*packed.shape[:-1], length], dtype=torch.int8 if signed else torch.uint8)
+
+
+for _name, _shape in (
+    ("quantize", _shape_quantize),
+    ("dequantize", _shape_dequantize),
+    ("choose_qparams", _shape_choose_qparams),
+    ("fake_quantize", _shape_fake_quantize),
+    ("unpack", _shape_unpack),
+):
+    torch.library.register_fake(f"qfx::{_name}", _shape, lib=_LIBRARY)
 
 
 # --- the straight-through estimator -----------------------------------------------------------------------------------
@@ -177,6 +184,8 @@ def _straight_through(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor 
 
 
 torch.library.register_autograd("qfx::fake_quantize", _straight_through, setup_context=_save_mask, lib=_LIBRARY)
+for _name in ("quantize", "dequantize", "choose_qparams", "unpack"):  # results without gradient, and no warning
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 quantize = torch.ops.qfx.quantize.default
 dequantize = torch.ops.qfx.dequantize.default

@@ -1,7 +1,7 @@
 """A target against the reference, leaf by leaf, with identical integers going into both.
 
-One CONVERTED graph is lowered twice. The target's graph runs; every leaf of the reference gets what the target's own leaf
-gets, so that a difference is that leaf's alone and no rounding of an earlier layer is carried along.
+One CONVERTED graph is lowered twice. The target's graph runs; every leaf of the reference gets what the target's own
+leaf gets, so that a difference is that leaf's alone and no rounding of an earlier layer is carried along.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from qfx.api import default_pipeline, quantize
 from qfx.errors import VerifyError
 from qfx.meta import info
-from qfx.passes import EliminateDeadCode, Lower
+from qfx.passes.eliminate_dead_code import EliminateDeadCode
+from qfx.passes.lower import Lower
 from qfx.pipeline import Stage, run_pass, stage_of
 from qfx.recipe import Recipe
 from qfx.targets import TARGETS, Leaf, Target, choose
@@ -45,7 +46,7 @@ def converted(
     recipe: str | Recipe = "int8",
     target: str | Target = "auto",
 ) -> nn.Module:
-    """``model`` quantized for ``target`` up to stage CONVERTED, not lowered; arguments and errors as of ``quantize``."""
+    """``model`` quantized for ``target`` up to stage CONVERTED, not lowered; arguments as of ``quantize``."""
     passes = default_pipeline(recipe, target).without(Lower.name).without(EliminateDeadCode.name)
     return quantize(
         model, example_inputs, calibration=calibration, recipe=recipe, target=target, pipeline=passes, verbose=False

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import fx
 
-from qfx.errors import ConfigError, PassError, QfxError
+from qfx.errors import ConfigError, PassError, QfxError, VerifyError
 from qfx.meta import NODE_INFO_FIELDS, NodeInfo, graph_info, info, update_graph
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Pipeline:
         """Run all passes on ``gm`` in place; returns it.
 
         Raises:
-            PassError: a pass failed, or broke its contract (check mode). A ``QfxError`` of a pass goes through as it is.
+            PassError: a pass failed, or broke its contract (check mode). A pass's own ``QfxError`` goes through.
         """
         previous: Pass | None = None
         for p in self.passes:
@@ -176,4 +176,7 @@ def _check_contract(p: Pass, gm: fx.GraphModule, count: int, before: tuple[str, 
         changed = {f.name for f in dataclasses.fields(NodeInfo) if getattr(old, f.name) != getattr(new, f.name)}
         if node in infos and (undeclared := changed - p.writes):
             raise PassError(f"pass {p.name!r} wrote {sorted(undeclared)} of {node.name!r}, which it does not declare")
-    verify(gm, stage_of(gm))
+    try:
+        verify(gm, stage_of(gm))
+    except VerifyError as error:
+        raise VerifyError(f"pass {p.name!r} broke the graph: {error.what}", where=error.where) from error

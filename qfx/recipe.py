@@ -130,12 +130,18 @@ class Recipe:
     @classmethod
     def w4a16(cls, group_size: int = 128) -> Recipe:
         """Linear weights in 4 bits per group of 32, 64 or 128, everything else as it is."""
-        return _weight_only(f"w4a16_g{group_size}", replace(_WEIGHT4, granularity=PerGroup(group_size)))
+        name = "w4a16" if _WEIGHT4.granularity == PerGroup(group_size) else f"w4a16_g{group_size}"
+        return _weight_only(name, replace(_WEIGHT4, granularity=PerGroup(group_size)))
 
     # --- refinement ---------------------------------------------------------------------------------------------
 
     def skip(
-        self, layer: str | type[nn.Module] | None = None, *, op: str | None = None, module: str | None = None, why: str = ""
+        self,
+        layer: str | type[nn.Module] | None = None,
+        *,
+        op: str | None = None,
+        module: str | None = None,
+        why: str = "",
     ) -> Recipe:
         """Leave what matches in float. ``layer`` is a path pattern, or a module class."""
         return self._with(layer, op, module, None, why or "the recipe skips it")
@@ -169,9 +175,17 @@ class Recipe:
         why: str,
     ) -> Recipe:
         if isinstance(layer, type):
-            layer, module = None, layer.__name__
+            if module is not None:
+                raise ConfigError(f"the rule names two module classes, {layer.__name__!r} and {module!r}")
+            module, layer = layer.__name__, None
         if layer is None and op is None and module is None:
             raise ConfigError("a rule needs a layer, an op or a module to match")
+        for what, pattern in (("layer", layer), ("op", op), ("module", module)):
+            if not isinstance(pattern, str | None):
+                raise ConfigError(
+                    f"{what} is a {type(pattern).__name__}, not a pattern",
+                    hint="give a string such as 'encoder.*', or a module class in place of the layer",
+                )
         return replace(self, rules=(QuantRule(qconfig, op, layer, module, why), *self.rules))
 
     # --- resolution ---------------------------------------------------------------------------------------------
@@ -201,6 +215,8 @@ def _part(part: Part, default: QuantSpec | None, what: str) -> QuantSpec | None:
         if default is None:
             raise ConfigError(f"this recipe leaves the {what} float, so {part} bits need a whole QuantSpec")
         return replace(default, element=IntType(part, default.element.signed))
+    if not isinstance(part, QuantSpec | None):
+        raise ConfigError(f"{what} is a {type(part).__name__}", hint="give a QuantSpec, a number of bits, or None")
     return part
 
 

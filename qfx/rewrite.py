@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch._guards import detect_fake_mode
 
 from qfx.attributes import get_tensor, set_buffer
 from qfx.meta import describe, set_value, value
-from qfx.operators import tensor_inputs
+from qfx.operators import mutates, tensor_inputs
 
 
 def insert_buffer(gm: fx.GraphModule, path: str, tensor: Tensor, *, like: fx.Node) -> fx.Node:
@@ -35,16 +36,20 @@ def insert_call(gm: fx.GraphModule, target: Any, *args: Any, like: fx.Node, name
     return node
 
 
-def propagate(target: Any, args: Any) -> Any:
-    """``target(*args)`` on the nodes' example values, or None where one has none."""
-    nodes: list[fx.Node] = []
-    fx.map_arg(args, lambda n: (nodes.append(n), n)[1])
-    values = [value(n) for n in nodes]
+def propagate(target: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any:
+    """``target(*args, **kwargs)`` on the nodes' example values, or None where one has none."""
+    values: list[Any] = []
+
+    def example(n: fx.Node) -> Any:
+        values.append(value(n))
+        return values[-1]
+
+    examples, named = fx.map_arg(args, example), fx.map_arg(dict(kwargs), example)
     mode = detect_fake_mode(values)
     if mode is None or any(v is None for v in values):
         return None
     with mode, torch.no_grad():
-        return target(*fx.map_arg(args, value))
+        return target(*examples, **named)
 
 
 def _fake(tensor: Tensor, like: fx.Node) -> Any:
@@ -64,11 +69,11 @@ def evaluate(gm: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def erase_dead(gm: fx.GraphModule, *nodes: fx.Node) -> None:
-    """Erase ``nodes`` where nobody reads them, and what only they read."""
+    """Erase ``nodes`` where nobody reads them, and what only they read; what writes to a tensor stays."""
     todo = list(nodes)
     while todo:
         node = todo.pop()
-        if node._erased or node.users or node.op in ("placeholder", "output"):
+        if node._erased or node.users or node.op in ("placeholder", "output") or mutates(node):
             continue
         todo += dict.fromkeys(node.all_input_nodes)
         gm.graph.erase_node(node)

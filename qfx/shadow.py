@@ -1,4 +1,4 @@
-"""A stand-in for the user's model that capture may run, switch and throw away, so that the model itself is not touched."""
+"""A stand-in for the user's model, which capture may run, switch and throw away: the model itself is not touched."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from qfx.errors import CaptureError
 
 
 def shadow_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """A copy of ``model`` in eval mode that shares its parameters, and notes on what differs in it.
+    """A copy of ``model`` in eval mode that shares the memory of its parameters, and notes on what differs in it.
 
     Buffers are copied: a forward that runs may write to them. Caches of generating language models are turned off in
     the copy's ``config``, since a cache is an object that a graph cannot take or return.
@@ -23,9 +24,8 @@ def shadow_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
     Raises:
         CaptureError: the model cannot be copied.
     """
-    memo = {id(t): t for t in shared_tensors(model)}
     try:
-        shadow = copy.deepcopy(model, memo)
+        shadow = copy.deepcopy(model, {id(t): twin for t, twin in _twins(model)})
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}",
@@ -35,18 +35,23 @@ def shadow_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
     return shadow, _without_cache(shadow)
 
 
-def shared_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """The parameters, and tensors kept as plain attributes that autograd has made (which cannot be copied)."""
-    yield from model.parameters()
+def _twins(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tensors that share memory instead of being copied: parameters, and what autograd made (which has no copy).
+
+    They are tensors of their own, for ``module.half()`` changes a parameter in place.
+    """
+    for parameter in model.parameters():
+        yield parameter, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     for module in model.modules():
-        yield from (v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
+        yield from ((v, v.detach()) for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
 
 
 def _without_cache(shadow: nn.Module) -> list[str]:
-    configs = {id(c): c for m in shadow.modules() if getattr(c := getattr(m, "config", None), "use_cache", None) is True}
-    for config in configs.values():
+    configs: list[Any] = [getattr(module, "config", None) for module in shadow.modules()]
+    caching = {id(config): config for config in configs if getattr(config, "use_cache", None) is True}
+    for config in caching.values():
         config.use_cache = False
-    return ["config.use_cache is off in the captured graph: it returns no key-value cache"] if configs else []
+    return ["config.use_cache is off in the captured graph: it returns no key-value cache"] if caching else []
 
 
 @contextmanager
@@ -60,7 +65,7 @@ def undisturbed() -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.inference_mode(False), torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:

@@ -6,6 +6,7 @@ A spec names an *observer factory* without importing the observers: any hashable
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -140,9 +141,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, PerToken) and not self.dynamic:
-            raise ConfigError(
-                "per-token scales exist only at run time", hint="set dynamic=True, or choose PerTensor()"
-            )
+            raise ConfigError("per-token scales exist only at run time", hint="set dynamic=True, or choose PerTensor()")
 
     @property
     def quant_min(self) -> int:
@@ -169,6 +168,15 @@ class FixedSpec:
     element: IntType
     scale: float
     zero_point: int
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.scale < math.inf:
+            raise ConfigError(f"a scale is positive and finite, got {self.scale}")
+        if not self.quant_min <= self.zero_point <= self.quant_max:
+            raise ConfigError(
+                f"zero point {self.zero_point} is no {self.element}, so that zero has no integer",
+                hint=f"choose one from {self.quant_min} to {self.quant_max}",
+            )
 
     @property
     def quant_min(self) -> int:

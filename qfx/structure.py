@@ -11,6 +11,8 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from types import NoneType
 from typing import Any
 
 import torch
@@ -118,18 +120,19 @@ def parts(value: Any, kind: str) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]
     if kind in ("dict", "mapping", "record"):
         return tuple(value.keys()), tuple(value.values()), None
     if kind == "dataclass":
-        names = tuple(f.name for f in dataclasses.fields(value))
-        return names, tuple(getattr(value, n) for n in names), None
+        fields = dataclasses.fields(value)
+        by_init = tuple(f.name for f in fields if f.init)
+        return tuple(f.name for f in fields), tuple(getattr(value, f.name) for f in fields), by_init
     children, context = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
     return tuple(range(len(children))), tuple(children), context
 
 
 def _dataclass(cls: type, keys: Sequence[Any], values: Sequence[Any], context: Any) -> Any:
-    init = {f.name for f in dataclasses.fields(cls) if f.init}
+    """``context``: the fields that the constructor takes; the others are set behind it."""
     given = dict(zip(keys, values, strict=True))
-    made = cls(**{k: v for k, v in given.items() if k in init})
-    for name in given.keys() - init:
-        object.__setattr__(made, name, given[name])
+    made = cls(**{name: given.pop(name) for name in context})
+    for name, value in given.items():
+        object.__setattr__(made, name, value)
     return made
 
 
@@ -183,6 +186,33 @@ def paths(structure: Structure, at: str = "") -> Iterator[tuple[str, Leaf | Cons
         return
     for key, child in zip(structure.keys, structure.children, strict=True):
         yield from paths(child, step(structure.kind, at, key))
+
+
+def opaque(structure: Structure, at: str = "") -> tuple[str, Any] | None:
+    """The first constant that is no plain data, with its path: an object that a graph can neither take nor return."""
+    for path, part in paths(structure, at):
+        if isinstance(part, Constant) and not isinstance(part.value, _PLAIN):
+            return path, part.value
+    return None
+
+
+_PLAIN = (
+    NoneType,
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    slice,
+    range,
+    type,
+    Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 
 
 def step(kind: str, at: str, key: Any) -> str:

@@ -81,7 +81,8 @@ def table(figures: Iterable[Figure]) -> str:
         )
         for f in figures
     ]
-    return tabulate(rows, ("what", "value", "bar", "", "note"), disable_numparse=True, maxcolwidths=[None] * 4 + [110])
+    widths = [None, None, None, None, 100]
+    return str(tabulate(rows, ("what", "value", "bar", "", "note"), disable_numparse=True, maxcolwidths=widths))
 
 
 class Skip(Exception):

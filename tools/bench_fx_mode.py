@@ -1,4 +1,4 @@
-"""The peer: torch's own FX graph mode quantization, deprecated and still the fastest int8 that torch has in eager mode."""
+"""The peer: torch's own FX graph mode quantization, deprecated, and still torch's fastest int8 in eager mode."""
 
 from __future__ import annotations
 

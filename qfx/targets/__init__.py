@@ -9,12 +9,14 @@ from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, PointRegion, QP
 from qfx.targets.reference import Reference
 from qfx.targets.x86 import X86
 
-TARGETS: dict[str, Target] = {t.name: t for t in (X86(), Reference())}
+TARGETS: dict[str, Target] = {X86.name: X86(), Reference.name: Reference()}
 """In order of preference: ``target="auto"`` takes the first that this machine can run."""
 
 
-def choose(target: str | Target) -> Target:
-    """The target of that name, the first that this machine can run for ``"auto"``, or the target itself.
+def choose(target: str | Target, device: str = "cpu") -> Target:
+    """The target of that name, the first that can run here for ``"auto"``, or the target itself.
+
+    ``device`` is the type of device that the model is on: ``x86`` computes on the CPU only.
 
     Raises:
         ConfigError: there is no such target, or this machine cannot run it.
@@ -24,14 +26,14 @@ def choose(target: str | Target) -> Target:
             return target
         raise ConfigError(f"target is a {type(target).__name__}", hint="give a target or one of " + ", ".join(TARGETS))
     if target == "auto":
-        return next(t for t in TARGETS.values() if t.unavailable() is None)
+        return next(t for t in TARGETS.values() if t.unavailable(device) is None)
     if target not in TARGETS:
         near = difflib.get_close_matches(target, TARGETS, n=1)
         raise ConfigError(
             f"there is no target {target!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             hint="choose auto, " + ", ".join(TARGETS),
         )
-    if (reason := TARGETS[target].unavailable()) is not None:
+    if (reason := TARGETS[target].unavailable(device)) is not None:
         raise ConfigError(f"target {target!r} cannot run here: {reason}", hint="use target='reference' or 'auto'")
     return TARGETS[target]
 

@@ -129,8 +129,9 @@ class Operator:
     def __init__(self, overload: Any) -> None:
         self.overload = overload
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.overload(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.overload(*args, **kwargs)
+        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _operator, (self.overload._schema.name, self.overload._overloadname)
@@ -157,8 +158,8 @@ class Target(Protocol):
 
     name: ClassVar[str]
 
-    def unavailable(self) -> str | None:
-        """Why this machine cannot run the target, or None where it can."""
+    def unavailable(self, device: str = "cpu") -> str | None:
+        """Why the target cannot run here for a model on ``device`` (``cpu``, ``cuda``, ...), or None where it can."""
         ...
 
     def slow(self) -> str | None:

@@ -38,7 +38,7 @@ class Lazy(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._run = None
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._run = None

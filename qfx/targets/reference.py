@@ -27,7 +27,7 @@ class Reference:
 
     name: ClassVar[str] = "reference"
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, device: str = "cpu") -> str | None:
         return None
 
     def slow(self) -> str | None:

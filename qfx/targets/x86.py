@@ -14,14 +14,16 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from qfx.cpu import onednn_has_vnni
 from qfx.operators import Op
 from qfx.patterns import NoMatch
 from qfx.spec import PerGroup, PerTensor, PerToken, QConfig, QuantSpec, Scheme
 from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams
 from qfx.targets.reference import Reference
-from qfx.targets.x86_linear import PerTokenLeaf, WeightOnlyLeaf
+from qfx.targets.x86_per_token import PerTokenLeaf
 from qfx.targets.x86_point import lower_point
 from qfx.targets.x86_static import StaticLeaf
+from qfx.targets.x86_weight_only import WeightOnlyLeaf
 
 NO_PRODUCT = "x86 has no integer kernel for activation x activation"
 
@@ -32,12 +34,19 @@ class X86:
 
     name: ClassVar[str] = "x86"
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, device: str = "cpu") -> str | None:
+        if device != "cpu":
+            return f"x86 computes on the CPU, the model is on {device}"
         if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
             return f"x86 needs Linux on an x86-64 CPU, this is {sys.platform} on {platform.machine()}"
         if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv_pointwise"):
             return "this build of torch has no oneDNN"
         return None
+
+    def slow(self) -> str | None:
+        if onednn_has_vnni():
+            return None
+        return "this CPU has no VNNI: layers whose 8-bit sums could saturate are computed in two halves"
 
     def refuses(self, node: fx.Node, op: Op, qconfig: QConfig) -> str | None:
         general = Reference().refuses(node, op, qconfig)

@@ -172,9 +172,7 @@ class Convolution:
     def _lists(self) -> tuple[list[int], list[int], list[int], int]:
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
 
-    def _packed(
-        self, operands: Operands, like: Tensor, data: Affine
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _packed(self, operands: Operands, like: Tensor, data: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         shape = [max(1, like.shape[0]), *like.shape[1:]]
         weight, scale = operands.weight.contiguous(), operands.scale
         packed = _onednn.qconv_prepack(weight, scale, data.scale, data.zero_point, *self._lists(), shape)

@@ -65,9 +65,7 @@ class LoopLeaf(PointLeaf):
         return first.scale, first.zero_point, self.output.scale, self.output.zero_point
 
 
-DIMS = {
-    f"{kind}{dims}d": dims + 2 for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for dims in (1, 2)
-}
+DIMS = {f"{kind}{dims}d": dims + 2 for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for dims in (1, 2)}
 
 
 def named_arguments(region: PointRegion) -> dict[str, Any]:
@@ -77,7 +75,7 @@ def named_arguments(region: PointRegion) -> dict[str, Any]:
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def _add(leaf: LoopLeaf, a: Tensor, b: Tensor) -> Tensor:

@@ -44,11 +44,11 @@ def kernel_of(region: AnchorRegion) -> Kernel:
     assert region.weight is not None
     size = tuple(region.weight.shape[2:])
     if region.op.channel_axis == 0:
-        stride, padding, dilation, groups = region.args
-        return Convolution(*(_per_dimension(v, len(size)) for v in (stride, padding, dilation)), groups)
-    stride, padding, output_padding, groups, dilation = region.args
-    per_dimension = (_per_dimension(v, len(size)) for v in (stride, padding, output_padding, dilation))
-    return TransposedConvolution(size, *per_dimension, groups)
+        stride, padding, dilation = (_per_dimension(values, len(size)) for values in region.args[:3])
+        return Convolution(stride, padding, dilation, groups=region.args[3])
+    *given, groups, last = region.args
+    stride, padding, output_padding, dilation = (_per_dimension(values, len(size)) for values in (*given, last))
+    return TransposedConvolution(size, stride, padding, output_padding, dilation, groups)
 
 
 def _per_dimension(values: Any, dims: int) -> tuple[int, ...]:
@@ -113,8 +113,8 @@ class StaticLeaf(Lazy, AnchorLeaf):
 
     def _largest(self) -> int:
         """The largest activation, as uint8."""
-        limits = self.data.limits
-        return int(limits["quant_max"]) + 128 * (limits["dtype"] == torch.int8)
+        quant_max: int = self.data.limits["quant_max"]
+        return quant_max + 128 if self.data.limits["dtype"] == torch.int8 else quant_max
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         if not runs_here(x):
@@ -146,9 +146,7 @@ class StaticLeaf(Lazy, AnchorLeaf):
         if fusion.adds:
             other = self.others[0]
             assert isinstance(other, LoopQParams)
-            run = self.geometry.bind_sum(
-                self._operands(), x, data, output.numbers(), other.numbers(), fusion.post
-            )
+            run = self.geometry.bind_sum(self._operands(), x, data, output.numbers(), other.numbers(), fusion.post)
         else:
             run = self.geometry.bind(self._operands(), x, data, output.numbers(), fusion.post)
         return self._bounded(run, output)

@@ -83,11 +83,12 @@ class TransposedConvolution:
     def interleave(self, y: Tensor, x: Tensor) -> Tensor:
         """``[N, G * prod(s) * O / G, ...]`` to ``[N, O, ...]``, cut to the output's size."""
         dims = len(self.stride)
-        split = y.unflatten(1, (self.groups, *self.stride, -1)) if y.shape[1] else y
+        channels = y.shape[1] // (self.groups * math.prod(self.stride))
+        split = y.unflatten(1, (self.groups, *self.stride, channels))
         sizes, phases = range(3 + dims, 3 + 2 * dims), range(2, 2 + dims)
         ordered = split.permute(0, *(axis for pair in zip(sizes, phases, strict=True) for axis in pair), 1, 2 + dims)
         shape = [size * s for size, s in zip(y.shape[2:], self.stride, strict=True)]
-        out = ordered.reshape(y.shape[0], *shape, -1).movedim(-1, 1)
+        out = ordered.reshape(y.shape[0], *shape, self.groups * channels).movedim(-1, 1)
         padding = self.convolution().padding
         for axis, (size, s, p, taps, reach, extra, inner) in enumerate(
             zip(
@@ -99,5 +100,3 @@ class TransposedConvolution:
             length = (size - 1) * s - 2 * p + reach + extra
             out = out.narrow(axis, p - s * (taps - 1 - inner), length)
         return out
-
-

@@ -1,4 +1,7 @@
-"""Linear layers that read floats: per-token int8 activations, and weight-only."""
+"""Linear layers whose activations get a scale per token when they run.
+
+Two ways to the same sums: ``_int_mm`` of int8 and int8, and oneDNN's ``qlinear`` of uint8 (int8 + 128) and int8.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from qfx.targets.lazy import Lazy, runs_here
 from qfx.targets.reference import AnchorLeaf
 from qfx.targets.saturation import halves
 from qfx.targets.x86_kernels import FLOAT, Affine, Linear, Operands, Run
-from qfx.targets.x86_static import LoopQParams, by_output_channel, must_split, signed
+from qfx.targets.x86_static import by_output_channel, must_split, signed
 
 FEW_ROWS = 32
 """Up to so many rows ``_int_mm`` (4 us a call) beats ``qlinear`` (20 us), whose output needs one pass less."""
@@ -38,13 +41,15 @@ class PerTokenLeaf(Lazy, AnchorLeaf):
         low, high = self.dynamic.quant_min, self.dynamic.quant_max
         weight, scale = signed(self), by_output_channel(self)
         bias = None if self.bias is None else self.bias.float()
-        few = _few_rows(weight, scale, bias, low, high) if onednn_has_vnni() else None
+        exact = onednn_has_vnni() and weight.shape[1] > 1  # _int_mm is wrong for one column
+        few = _few_rows(weight, scale, bias, low, high) if exact else None
         many = self._many_rows(weight, scale, bias, low, high, x)
-        length = max(1, weight.shape[1])
+        channels, length = weight.shape
 
         def run(x: Tensor) -> Tensor:
-            rows = x.detach().float()
-            return (few if few is not None and rows.numel() <= FEW_ROWS * length else many)(rows)
+            rows = x.detach().float().reshape(-1, length)
+            multiply = few if few is not None and rows.shape[0] <= FEW_ROWS else many
+            return multiply(rows).view(*x.shape[:-1], channels)
 
         return run
 
@@ -66,29 +71,13 @@ class PerTokenLeaf(Lazy, AnchorLeaf):
         return run
 
 
-def _few_rows(
-    weight: Tensor, scale: Tensor, bias: Tensor | None, low: int, high: int
-) -> Callable[[Tensor], Tensor]:
+def _few_rows(weight: Tensor, scale: Tensor, bias: Tensor | None, low: int, high: int) -> Callable[[Tensor], Tensor]:
     shift = 0 if low < 0 else -((low + high + 1) // 2)
     columns = weight.t()
 
     def run(x: Tensor) -> Tensor:
         q, token_scale = kernels.quantize_per_token(x, low + shift, high + shift, torch.int8)
-        y = (torch._int_mm(q.flatten(0, -2) if q.ndim != 2 else q, columns) * scale).view(*x.shape[:-1], -1)
+        y = torch._int_mm(q, columns) * scale
         return y.mul_(token_scale) if bias is None else torch.addcmul(bias, y, token_scale, out=y)
 
     return run
-
-
-class WeightOnlyLeaf(Lazy, AnchorLeaf):
-    """A linear layer with narrow weights on float activations, in their dtype.
-
-    A few rows of bfloat16 go through a kernel that reads the narrow weights; else they are dequantized first, which
-    autograd passes through.
-    """
-
-    def __init__(self, region: AnchorRegion) -> None:
-        super().__init__(region)
-        assert region.weight_qparams is not None
-        self.weight_qparams = LoopQParams(region.weight_qparams)
-        self.kernel = f"aten linear, int{region.weight_bits} weights"
