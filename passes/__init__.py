@@ -15,6 +15,7 @@ from qfx.passes.fuse_epilogues import FuseEpilogues
 from qfx.passes.fuse_linear_bn import FuseLinearBn
 from qfx.passes.insert_observers import InsertObservers
 from qfx.passes.lower import Lower
+from qfx.passes.reuse_memory import ReuseMemory
 from qfx.passes.share_scales import ShareScales
 from qfx.pipeline import Pass, Pipeline
 from qfx.recipe import Recipe
@@ -37,6 +38,7 @@ def ptq(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
         FoldWeights(),
         CancelPairs(),
         Lower(target),
+        ReuseMemory(),
         EliminateDeadCode(),
     )
 

@@ -28,14 +28,14 @@ from qfx.rewrite import erase_dead
 
 @dataclass(frozen=True)
 class CancelPairs:
-    """First merges equal operators on one input, then drops ``quantize(dequantize(q))``."""
+    """First drops ``quantize(dequantize(q))``, then merges equal operators on one input, of which that makes some."""
 
     name: ClassVar[str] = "cancel-pairs"
     stage: ClassVar[tuple[Stage, Stage]] = (Stage.CONVERTED, Stage.CONVERTED)
     writes: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule) -> int:
-        return _merge_equal(gm) + _cancel(gm)
+        return _cancel(gm) + _merge_equal(gm)
 
 
 def parameters(node: fx.Node) -> tuple[Any, ...]:

@@ -49,13 +49,15 @@ class Convert:
     writes: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule) -> int:
+        nodes = [n for n in gm.graph.nodes if fake_quant_of(gm, n) is not None]
+        for node in nodes:
+            _check_calibrated(gm, node)
         found = [_bias_of(gm, n, i) for n in gm.graph.nodes for i, spec in specs(n) if isinstance(spec, DerivedSpec)]
         biases = [bias for bias in found if bias is not None]
         for bias in biases:  # all scales before the first bias: layers may share one weight
             bias.weight.scale = _fitting(bias)
         for bias in biases:
             _convert_bias(gm, bias)
-        nodes = [n for n in gm.graph.nodes if fake_quant_of(gm, n) is not None]
         params: dict[FakeQuantize, tuple[str, str]] = {}
         for node in nodes:
             _convert(gm, node, params)
@@ -68,11 +70,15 @@ def fake_quant_of(gm: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
     return module if isinstance(module, FakeQuantize) else None
 
 
+def _check_calibrated(gm: fx.GraphModule, node: fx.Node) -> None:
+    module = fake_quant_of(gm, node)
+    if module is not None and module.scale.numel() == 0 and not module.dynamic:
+        raise CalibrationError("this layer was never calibrated", where=module.layer, hint="run qfx.calibrate first")
+
+
 def _convert(gm: fx.GraphModule, node: fx.Node, params: dict[FakeQuantize, tuple[str, str]]) -> None:
     module, source = fake_quant_of(gm, node), node.args[0]
     assert module is not None and isinstance(source, fx.Node)
-    if module.scale.numel() == 0 and not module.dynamic:
-        raise CalibrationError("this layer was never calibrated", where=module.layer, hint="run qfx.calibrate first")
     spec = module.spec
     layout = (module.axis, module.group_size)
     with gm.graph.inserting_before(node):

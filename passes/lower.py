@@ -349,8 +349,8 @@ def _replace(gm: fx.GraphModule, found: Found, leaf: Leaf) -> None:
     with gm.graph.inserting_before(last):
         call = gm.graph.create_node("call_module", "", found.inputs, {}, name=f"{anchor.name}_leaf")
     call.meta.update(describe(anchor))
-    kept = {k: getattr(info(anchor), k) for k in ("group", "bits", "reason")}
-    update(call, **kept, fused=tuple(n.name for n in found.covers))
+    covers = tuple(n.name for n in found.covers)
+    update(call, group=info(found.covers[-1]).group, bits=info(anchor).bits, reason=info(anchor).reason, fused=covers)
     set_value(call, value(last))
     last.replace_all_uses_with(call)
     erase_dead(gm, last)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import calibration as calibration_
-from qfx.calling import flat_inputs
+from qfx.calling import codegen_of, flat_inputs
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.examples import Example, as_example
 from qfx.inference import GradientGuard, freeze
 from qfx.meta import add_notes, graph_info, info
 from qfx.metrics import sqnr_db
-from qfx.node_table import NodeRow, Report, build_report, crossings, rows_before, tensor_bytes
+from qfx.node_table import Report, build_report, crossings, rows_before, tensor_bytes
 from qfx.noise import measure
 from qfx.passes import ptq_pipeline
 from qfx.pipeline import Pipeline, Stage, stage_of
@@ -141,6 +141,9 @@ def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
             infinity; the text names the layer.
     """
     plan = _plan(prepared)
+    if isinstance(data, Tensor | Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        what = f"the calibration data are one {type(data).__name__}"
+        raise CalibrationError(what, hint="give an iterable of calls: a list of it, a DataLoader, a generator")
     all_graphs = list(graphs(prepared).values())
     with undisturbed():
         for gm in all_graphs:
@@ -245,12 +248,14 @@ def _plan(prepared: nn.Module) -> _Plan:
 
 
 def _release(model: nn.Module) -> None:
-    """Let go of the float parameters: the captured graph holds the only reference."""
+    """Let go of the float parameters: the captured graph holds the only reference. Tied ones stay tied."""
+    empty = {
+        p: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in model.parameters()
+    }
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                empty = torch.empty_like(parameter, device="meta")
-                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = empty[parameter]
 
 
 def _convert(prepared: nn.Module, *, verbose: bool) -> nn.Module:
@@ -264,6 +269,7 @@ def _convert(prepared: nn.Module, *, verbose: bool) -> nn.Module:
     with undisturbed():
         calls = _calls(prepared, parts, plan.first_call)
         reports = [_convert_graph(gm, inputs, plan) for gm, inputs in calls]
+    freeze(prepared)
     delattr(prepared, _PLAN)
     whole = _joined(reports, plan, prepared)
     setattr(prepared, _REPORT, whole)
@@ -297,7 +303,7 @@ def _calls(
 
 
 def _convert_graph(gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan) -> Report:
-    inputs = _few(inputs)
+    inputs = _few(gm, inputs)
     rows = rows_before(gm)
     groups = len({info(n).group for n in gm.graph.nodes} - {""})
     noise = measure(gm, inputs)
@@ -311,7 +317,6 @@ def _convert_graph(gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan) 
         share_groups=groups,
         weight_bytes_before=plan.weight_bytes,
     )
-    freeze(gm)
     if not _weight_only(gm):
         gm.register_forward_pre_hook(GradientGuard(plan.model), with_kwargs=True)
     with torch.no_grad():
@@ -326,10 +331,11 @@ def _weight_only(gm: fx.GraphModule) -> bool:
     return all(leaf.weight_only for leaf in leaves) and not crossings(gm)
 
 
-def _few(inputs: tuple[Tensor, ...], rows: int = 4) -> tuple[Tensor, ...]:
-    """The first rows of every input, where all have one batch size: enough to measure noise."""
+def _few(gm: fx.GraphModule, inputs: tuple[Tensor, ...], rows: int = 4) -> tuple[Tensor, ...]:
+    """The first rows of every input, where all have one free batch size: enough to measure noise."""
+    free = all(spec.sizes and isinstance(spec.sizes[0], str) for spec in codegen_of(gm).binder.tensors)
     sizes = {t.shape[0] if t.ndim else 0 for t in inputs}
-    if len(sizes) != 1 or next(iter(sizes)) <= rows:
+    if not free or len(sizes) != 1 or next(iter(sizes)) <= rows:
         return inputs
     return tuple(t[:rows] for t in inputs)
 

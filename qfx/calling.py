@@ -155,7 +155,7 @@ class CallBinder:
     """A call by the user's signature → flat tensors in the order of the graph's placeholders.
 
     ``structure`` is that of all bound parameters, a dict by name; ``tensors`` says what each leaf must be, ``limits``
-    the greatest size of a symbol that has one.
+    the greatest size of a symbol that has one, ``where`` the place of a child in the user's model.
     """
 
     model: str
@@ -163,6 +163,7 @@ class CallBinder:
     structure: Container
     tensors: tuple[TensorSpec, ...]
     limits: Mapping[str, int] = field(default_factory=dict)
+    where: str = ""
 
     def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The tensors of the call in the order of the graph's placeholders.
@@ -232,6 +233,7 @@ class CallBinder:
     def _refuse(self, at: str, want: str, got: str, hint: str = "") -> CaptureError:
         return CaptureError(
             f"{self.model}: argument {at} should be {want}; it is {got}",
+            where=self.where,
             hint=hint or "call it as in example_inputs, or capture again with example_inputs like this call",
         )
 

@@ -31,10 +31,10 @@ class Call:
 
 
 def record(subject: Subject) -> dict[str, list[Call]]:
-    """The calls of every child of ``subject.shadow``, by path, in runs of two or three sizes.
+    """The calls of every child of ``subject.shadow``, by path, in several runs.
 
-    The first run is of the example as given, a second of another batch size, a third of another number of tokens; the
-    later ones are left out where the model fails on them.
+    The first run is of the example as given. Others are of another batch size, of fewer tokens, and with masks changed,
+    for some models pass ``None`` on where a mask hides nothing. One that the model fails on is left out.
 
     Raises:
         CaptureError: the model fails on the example itself.
@@ -58,29 +58,43 @@ def record(subject: Subject) -> dict[str, list[Call]]:
 
 
 def _variants(subject: Subject) -> list[Sequence[Tensor]]:
-    found: list[Sequence[Tensor]] = [subject.tensors]
-    if other := resized(subject.tensors):
-        found.append(other)
-        larger = max(found, key=lambda tensors: batch_of(tensors))
-        if shorter := _shortened(larger):
-            found.append(shorter)
-    return found
+    given = subject.tensors
+    other = resized(given) or given
+    larger = max(given, other, key=batch_of)
+    wanted = (given, other, [_shortened(t) for t in larger], [_masked(t) for t in larger])
+    return [tensors for i, tensors in enumerate(wanted) if i == 0 or not _same(tensors, wanted[:i])]
 
 
-def _shortened(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """The example with one token less: integer and boolean tensors, along the length that the first of them has."""
-    tokens = [t for t in tensors if not (t.is_floating_point() or t.is_complex()) and t.dim() > 1]
-    if not tokens or tokens[0].shape[1] < 3:
-        return None
-    length = tokens[0].shape[1]
+def _same(tensors: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> bool:
+    return any(all(a is b for a, b in zip(tensors, other, strict=True)) for other in others)
 
-    def shortened(tensor: Tensor) -> Tensor:
+
+def _is_discrete(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _shortened(tensor: Tensor) -> Tensor:
+    """An integer or boolean tensor with one entry less in every dimension behind the batch that may be a length."""
+    if _is_discrete(tensor):
         for dim in range(1, tensor.dim()):
-            if tensor.shape[dim] == length:
-                tensor = tensor.narrow(dim, 0, length - 1)
-        return tensor
+            if tensor.shape[dim] > 2:
+                tensor = tensor.narrow(dim, 0, tensor.shape[dim] - 1)
+    return tensor
 
-    return tuple(shortened(t) if any(t is token for token in tokens) else t for t in tensors)
+
+def _masked(tensor: Tensor) -> Tensor:
+    """What may be a mask: with its last entry hidden where nothing is hidden, else with nothing hidden."""
+    if (
+        not _is_discrete(tensor)
+        or tensor.dim() < 2
+        or not tensor.numel()
+        or not bool(((tensor == 0) | (tensor == 1)).all())
+    ):
+        return tensor
+    changed = torch.ones_like(tensor)
+    if bool(tensor.all()):
+        changed.view(-1)[-1] = 0
+    return changed
 
 
 def _listen(path: str, module: nn.Module, run: int, found: dict[str, list[Call]]) -> tuple[RemovableHandle, ...]:

@@ -349,7 +349,7 @@ def attempt(subject: Subject, freedom: Freedom, sizes: Sizes) -> CapturedModule:
     grown = [i for i in fixed if subject.tensors[i].shape[0] != sizes.traced[i].shape[0]]
     if grown:
         raise FixedBatchError(f"the model's code makes the batch size a constant{_where_fixed(gm, grown[0], 0)}")
-    binder = CallBinder(subject.name, subject.parameters, subject.structure, specs, _limits(program))
+    binder = CallBinder(subject.name, subject.parameters, subject.structure, specs, _limits(program), subject.path)
     gm.graph.set_codegen(CallCodeGen(binder, results[-1]))
     gm.recompile()
     update_graph(gm, stage="CAPTURED")

@@ -31,11 +31,15 @@ class GradientGuard:
 
 
 def freeze(module: nn.Module) -> None:
-    """Replace parameters by ones that require no gradient, on the same storage; the user's own stay as they are."""
+    """Replace parameters by ones that require no gradient, on the same storage; the user's own stay as they are.
+
+    Tied parameters stay tied.
+    """
+    frozen = {p: nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters() if p.requires_grad}
     for child in module.modules():
         for name, parameter in child._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                child._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
+            if parameter is not None:
+                child._parameters[name] = frozen.get(parameter, parameter)
 
 
 def refuse_dtype(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:

@@ -38,6 +38,7 @@ SOURCES = tuple(_CSRC / name for name in ("affine.cpp", "elementwise.cpp", "pool
 _C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 LOOPS = {
     "quantize": "pppp lllll ff ii",
+    "quantize_interleaved": "pppp lll ff ii",
     "dequantize": "pppp lllll ii",
     "fake_quantize": "ppppp lllll ff i",
     "fake_quantize_backward": "ppp l i",
@@ -52,6 +53,7 @@ LOOPS = {
 _KIND = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
 _INTEGERS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 _PLAIN = (Tensor, torch.nn.Parameter)
+_MOST_INTERLEAVED = 4  # channels that qfx_quantize_interleaved takes
 _MOST_SUMMED = 2**23  # so many 8-bit integers can be added in int32
 
 IntOrInts = int | Sequence[int]
@@ -185,14 +187,26 @@ def quantize(
     quant_min: int = 0,
     quant_max: int = 255,
     dtype: torch.dtype = torch.uint8,
+    channels_last: bool = False,
 ) -> Tensor:
     """Integers of ``dtype``, same shape as ``x``: ``clamp(round(x / scale) + zero_point, quant_min, quant_max)``.
 
-    The loop takes float32 to uint8 or int8; other dtypes (int32 too) take the twin.
+    ``channels_last`` asks for that memory format, of 4 dimensions, whatever x's is. The loop takes float32 to uint8 or
+    int8; other dtypes (int32 too) take the twin.
     """
     _check_range(quant_min, quant_max, dtype)
     _check_qparams(x, scale, zero_point, axis, group_size)
     loops = _loops(x, scale, zero_point)
+    if channels_last and x.ndim == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+        plain = x.dtype is torch.float32 and dtype in _INTEGERS and x.is_contiguous() and _usual(scale, zero_point)
+        if loops is None or not plain or axis is not None or x.shape[1] > _MOST_INTERLEAVED:
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:
+            q = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+            pointers = (x.data_ptr(), q.data_ptr(), scale.data_ptr(), zero_point.data_ptr())
+            sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])
+            loops.qfx_quantize_interleaved(*pointers, *sizes, quant_min, quant_max, _KIND[dtype], torch.get_num_threads())
+            return q
     if loops is None or x.dtype is not torch.float32 or dtype not in _INTEGERS or not _usual(scale, zero_point):
         limits = {"quant_min": quant_min, "quant_max": quant_max}
         with torch.no_grad():

@@ -85,7 +85,7 @@ OPS: dict[str, Op] = {
         _rows(
             Kind.UNARY,
             "relu relu6 hardtanh hardswish hardsigmoid silu gelu leaky_relu elu sigmoid tanh clamp clamp_min clamp_max "
-            "mish prelu_scalar",
+            "mish",
         ),
         _rows(
             Kind.SHARE,

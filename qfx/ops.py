@@ -18,7 +18,7 @@ _LIBRARY = torch.library.Library("qfx", "DEF")
 
 _SCHEMAS = (
     "quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int? group_size, int quant_min, int quant_max,"
-    " ScalarType dtype) -> Tensor",
+    " ScalarType dtype, *, bool channels_last=False) -> Tensor",
     "dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, int? group_size, ScalarType dtype) -> Tensor",
     "choose_qparams(Tensor x, int? axis, int? group_size, bool symmetric, int quant_min, int quant_max)"
     " -> (Tensor, Tensor)",
@@ -77,7 +77,9 @@ def _quantize(
     quant_min: int,
     quant_max: int,
     dtype: torch.dtype,
+    channels_last: bool = False,
 ) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
     return affine.quantize(
         x, scale, zero_point, axis=axis, group_size=group_size, quant_min=quant_min, quant_max=quant_max, dtype=dtype
     )
@@ -132,9 +134,18 @@ for _name, _cpu, _any in (
 
 
 def _shape_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, low: int, high: int, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: Any,
+    group_size: Any,
+    low: int,
+    high: int,
+    dtype: torch.dtype,
+    channels_last: bool = False,
 ) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
+    layout = torch.channels_last if channels_last and x.ndim == 4 else torch.preserve_format
+    return torch.empty_like(x, dtype=dtype, memory_format=layout)
 
 
 def _shape_dequantize(

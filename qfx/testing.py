@@ -87,7 +87,7 @@ def _call(f: Callable[..., Any], args: Any) -> Any:
 def _relative_error(x: Tensor, y: Tensor) -> float:
     if not x.is_floating_point():
         return 0.0 if torch.equal(x, y) else float("inf")
-    x, y = x.double(), y.double()
+    x, y = x.detach().double(), y.detach().double()
     if not torch.equal(x.isnan(), y.isnan()):
         return float("inf")
     difference = torch.where(x == y, 0.0, x - y).nan_to_num(nan=0.0, posinf=float("inf"), neginf=-float("inf"))

@@ -19,6 +19,7 @@ from qfx.ops import dequantize, quantize
 from qfx.pipeline import Stage
 from qfx.printer import show_node
 from qfx.spec import QuantSpec
+from qfx.targets import Leaf
 
 Finding = tuple[fx.Node, str]
 
@@ -114,12 +115,42 @@ def _portable(gm: fx.GraphModule) -> Iterator[Finding]:
 
 def _integers_in(gm: fx.GraphModule) -> Iterator[Finding]:
     for node in gm.graph.nodes:
-        source = node.args[0] if node.target is dequantize else None
+        source = node.args[0] if node.target in (quantize, dequantize) else None
         val = value(source) if isinstance(source, fx.Node) else None
-        if isinstance(val, torch.Tensor) and val.dtype not in (torch.uint8, torch.int8, torch.int32):
+        if not isinstance(val, torch.Tensor):
+            continue
+        if node.target is dequantize and val.dtype not in (torch.uint8, torch.int8, torch.int32):
             yield node, "dequantize reads no integers"
-        if node.target is quantize and val is not None and not val.dtype.is_floating_point:
+        if node.target is quantize and not val.dtype.is_floating_point:
             yield node, "quantize reads no floats"
+
+
+def leaf_of(gm: fx.GraphModule, node: fx.Node) -> Leaf | None:
+    """The lowered layer that the node calls, or None."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, Leaf) else None
+
+
+def read_again(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """Why the last input of ``node`` must not be overwritten, or None where nobody reads it afterwards."""
+    last = node.args[-1]
+    if not isinstance(last, fx.Node) or (leaf_of(gm, last) is None and last.target is not quantize):
+        return "its last input is no kernel's own result"
+    if node.args.count(last) > 1:
+        return "its inputs are one tensor"
+    behind = node
+    while (behind := behind.next).op != "root":
+        if behind in last.users:
+            return f"{behind.name} reads {last.name} again"
+    views = [user.name for user in last.users if leaf_of(gm, user) is None and user.target is not dequantize]
+    return f"{views[0]} may share memory with {last.name}" if views else None
+
+
+def _overwrites_nothing_read(gm: fx.GraphModule) -> Iterator[Finding]:
+    for node in gm.graph.nodes:
+        leaf = leaf_of(gm, node)
+        if leaf is not None and leaf.overwrites and (reason := read_again(gm, node)):
+            yield node, f"it overwrites its last input, but {reason}"
 
 
 TABLE = (
@@ -131,5 +162,6 @@ TABLE = (
     Row("ranges known", Stage.CALIBRATED, Stage.CALIBRATED, _calibrated),
     Row("no observer", Stage.CONVERTED, Stage.LOWERED, _no_observers),
     Row("portable", Stage.CONVERTED, Stage.CONVERTED, _portable),
+    Row("nothing overwritten that is read", Stage.LOWERED, Stage.LOWERED, _overwrites_nothing_read),
     Row("types of quantize", Stage.CONVERTED, Stage.LOWERED, _integers_in),
 )

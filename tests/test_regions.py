@@ -89,6 +89,27 @@ class Net(nn.Module):
         return {"logits": self.head(x), "vocabulary": self.head.bias.shape[0]}
 
 
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.lin(x) if mask is None else self.lin(x) * mask.unsqueeze(-1)
+
+
+class DropsMask(nn.Module):
+    """Passes None on where the mask hides nothing, as some of transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(20, 4)
+        self.layer = Attends()
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.layer(self.emb(ids), None if mask.all() else mask)
+
+
 class Whole(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -167,6 +188,23 @@ def test_the_model_itself_is_untouched(net: tuple[Net, Any]) -> None:
     assert (
         regions.graphs["blocks.0"].mlp.get_submodule("0").weight.data_ptr() == model.blocks[0].mlp[0].weight.data_ptr()
     )
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_regions_hold_for_masks_that_hide_and_that_do_not(hidden: bool) -> None:
+    model = DropsMask().eval()
+    ids, mask = torch.randint(0, 20, (2, 5)), torch.ones(2, 5, dtype=torch.long)
+    mask[0, 0] = int(not hidden)
+    regions = capture_regions(model, (ids, mask))
+    assert list(regions.graphs) == ["layer.lin"]
+    for other in (torch.ones(2, 5, dtype=torch.long), torch.tensor([[1, 0, 1], [1, 1, 0]])):
+        ids = torch.randint(0, 20, tuple(other.shape))
+        assert torch.equal(regions.model(ids, other), model(ids, other))
+
+
+def test_a_region_that_is_called_otherwise_tells_its_place(net: tuple[Net, Any]) -> None:
+    with pytest.raises(CaptureError, match=r"Block: argument mask should be None.*\[layer blocks\.0\]"):
+        net[1].model(torch.randint(0, 20, (1, 6)), torch.ones(1, 6))
 
 
 def test_the_number_of_exports_is_bounded() -> None:

@@ -66,7 +66,7 @@ TIMM = (
 
 
 def torchvision_model(entry: Image) -> Made:
-    owner: Any = need("torchvision.models")
+    owner = need("torchvision").models
     *packages, name = entry.name.split(".")
     for package in packages:
         owner = getattr(owner, package)

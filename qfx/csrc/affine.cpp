@@ -136,7 +136,44 @@ void walk(const Op& op, const Walk& w, const float* scale, const int32_t* zero_p
   return vectors(op, w, scale, zero_point, threads);
 }
 
+// Interleave `channels` planes of `n` pixels, kBlock apart; a constant Channels lets the compiler shuffle registers.
+constexpr int64_t kBlock = 512;
+template <int Channels, class T>
+void interleave(const T* __restrict planes, T* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int c = 0; c < Channels; ++c) out[i * Channels + c] = planes[c * kBlock + i];
+}
+template <class T>
+void interleave(const T* __restrict planes, T* __restrict out, int64_t n, int channels) {
+  switch (channels) {
+    case 1: return interleave<1>(planes, out, n);
+    case 2: return interleave<2>(planes, out, n);
+    case 3: return interleave<3>(planes, out, n);
+    case 4: return interleave<4>(planes, out, n);
+  }
+}
+
 }  // namespace
+
+// Planes [batch, channels <= 4, pixels] to pixels [batch, pixels, channels], one scale: what a first convolution reads.
+QFX_API void qfx_quantize_interleaved(const float* x, void* q, const float* scale, const int32_t* zero_point,
+                                      int64_t batch, int64_t channels, int64_t pixels, float low, float high, int kind,
+                                      int threads) {
+  with_integer(kind, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t blocks = (pixels + kBlock - 1) / kBlock;
+    parallel_for(batch * blocks, channels * kBlock, threads, [&](int64_t begin, int64_t end) {
+      T planes[4 * kBlock];
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t image = block / blocks, first = block % blocks * kBlock, n = std::min(kBlock, pixels - first);
+        for (int64_t c = 0; c < channels; ++c)
+          Quantize<T>{x + (image * channels + c) * pixels + first, planes + c * kBlock, low, high}.piece(0, n, *scale,
+                                                                                                         *zero_point);
+        interleave(planes, static_cast<T*>(q) + (image * pixels + first) * channels, n, static_cast<int>(channels));
+      }
+    });
+  });
+}
 
 QFX_API void qfx_quantize(const float* x, void* q, const float* scale, const int32_t* zero_point, int64_t n,
                           int64_t row, int64_t group, int64_t rows, int64_t count, float low, float high, int kind,

@@ -143,10 +143,17 @@ def _operator(name: str, overload: str) -> Operator:
 
 
 class Leaf(nn.Module):
-    """Base of lowered layers. ``kernel`` names what runs, for the table; ``weight_only`` leaves pass gradients."""
+    """Base of lowered layers.
+
+    ``kernel`` names what runs, for the table. ``weight_only`` leaves pass gradients. ``channels_last``: the leaf reads
+    4-dimensional data fastest in that memory format. ``overwrites``: it may write its result over its last input;
+    the pass ``reuse-memory`` sets it where nobody reads that input afterwards.
+    """
 
     kernel: str = ""
     weight_only: bool = False
+    channels_last: bool = False
+    overwrites: bool = False
 
     def extra_repr(self) -> str:
         return self.kernel

@@ -54,9 +54,17 @@ class Kernel(Protocol):
         ...
 
     def bind_sum(
-        self, operands: Operands, like: Tensor, data: Affine, out: Affine, other: Affine, post: PostOp = NONE
+        self,
+        operands: Operands,
+        like: Tensor,
+        data: Affine,
+        out: Affine,
+        other: Affine,
+        post: PostOp = NONE,
+        *,
+        overwrite: bool = False,
     ) -> Run:
-        """``(x, other) -> y``, with the other's dtype that of the output."""
+        """``(x, other) -> y``, with the other's dtype that of the output; ``overwrite`` lets y take other's memory."""
         ...
 
 
@@ -83,7 +91,15 @@ class Linear:
         return run
 
     def bind_sum(
-        self, operands: Operands, like: Tensor, data: Affine, out: Affine, other: Affine, post: PostOp = NONE
+        self,
+        operands: Operands,
+        like: Tensor,
+        data: Affine,
+        out: Affine,
+        other: Affine,
+        post: PostOp = NONE,
+        *,
+        overwrite: bool = False,
     ) -> Run:
         op = _onednn.qlinear_pointwise.binary
         packed, scale, zeros, bias = _packed_linear(operands, like)
@@ -91,7 +107,10 @@ class Linear:
         tail = (*tail, "sum", 1.0, post.attr, list(post.scalars), post.algorithm)  # type: ignore[assignment]
 
         def run(x: Tensor, accumulator: Tensor) -> Tensor:
-            accumulator = accumulator.clone(memory_format=torch.contiguous_format)  # the kernel writes to it
+            if overwrite:  # the kernel writes to it
+                accumulator = accumulator.contiguous()
+            else:
+                accumulator = accumulator.clone(memory_format=torch.contiguous_format)
             if not x.numel():
                 return accumulator
             y: Tensor = op(x, data.scale, data.zero_point, packed, scale, zeros, accumulator, bias, *tail)
@@ -146,10 +165,20 @@ class Convolution:
         return run
 
     def bind_sum(
-        self, operands: Operands, like: Tensor, data: Affine, out: Affine, other: Affine, post: PostOp = NONE
+        self,
+        operands: Operands,
+        like: Tensor,
+        data: Affine,
+        out: Affine,
+        other: Affine,
+        post: PostOp = NONE,
+        *,
+        overwrite: bool = False,
     ) -> Run:
         if self.dims == 1:
-            wide = self._wide().bind_sum(_wide(operands), like.unsqueeze(2), data, out, other, post)
+            wide = self._wide().bind_sum(
+                _wide(operands), like.unsqueeze(2), data, out, other, post, overwrite=overwrite
+            )
             return lambda x, accumulator: wide(x.unsqueeze(2), accumulator.unsqueeze(2)).squeeze(2)
         op = _onednn.qconv2d_pointwise.binary
         packed, scale, zeros, bias = self._packed(operands, like, data)
@@ -160,7 +189,10 @@ class Convolution:
         memory_format = _LAST[self.dims]
 
         def run(x: Tensor, accumulator: Tensor) -> Tensor:
-            accumulator = accumulator.clone(memory_format=memory_format)  # the kernel writes to it
+            if overwrite:  # the kernel writes to it
+                accumulator = accumulator.contiguous(memory_format=memory_format)
+            else:
+                accumulator = accumulator.clone(memory_format=memory_format)
             y: Tensor = op(
                 x, x_scale, x_zero, packed, scale, zeros, accumulator, bias, stride, padding, dilation, groups,
                 y_scale, y_zero, dtype, other_scale, other_zero, "sum", 1.0, attr, scalars, algorithm,

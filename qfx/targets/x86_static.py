@@ -96,6 +96,7 @@ class StaticLeaf(Lazy, AnchorLeaf):
             if step.name == "add"
         )
         self.geometry = kernel_of(region)
+        self.channels_last = region.op.name != "linear"
         self.fusion = fuse(self.geometry.row, region.steps, region.output)
         self.split = must_split(self, self._largest())
         if self.split:
@@ -146,7 +147,9 @@ class StaticLeaf(Lazy, AnchorLeaf):
         if fusion.adds:
             other = self.others[0]
             assert isinstance(other, LoopQParams)
-            run = self.geometry.bind_sum(self._operands(), x, data, output.numbers(), other.numbers(), fusion.post)
+            run = self.geometry.bind_sum(
+                self._operands(), x, data, output.numbers(), other.numbers(), fusion.post, overwrite=self.overwrites
+            )
         else:
             run = self.geometry.bind(self._operands(), x, data, output.numbers(), fusion.post)
         return self._bounded(run, output)

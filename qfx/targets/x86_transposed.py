@@ -34,12 +34,28 @@ class TransposedConvolution:
 
     def bind(self, operands: Operands, like: Tensor, data: Affine, out: Affine, post: PostOp = NONE) -> Run:
         inner = self.convolution().bind(self.phases(operands), like, data, out, post)
-        return lambda x: self.interleave(inner(x), x)
+        cuts = self.cuts()
+
+        def run(x: Tensor) -> Tensor:
+            y = self.interleave(inner(x))
+            for axis, (start, s, extra) in enumerate(cuts, start=2):
+                y = y.narrow(axis, start, x.shape[axis] * s + extra)
+            return y
+
+        return run
 
     def bind_sum(
-        self, operands: Operands, like: Tensor, data: Affine, out: Affine, other: Affine, post: PostOp = NONE
+        self,
+        operands: Operands,
+        like: Tensor,
+        data: Affine,
+        out: Affine,
+        other: Affine,
+        post: PostOp = NONE,
+        *,
+        overwrite: bool = False,
     ) -> Run:
-        raise NotImplementedError("a transposed convolution adds behind its kernel")
+        raise AssertionError("POST_OPS has no sum for transposed convolutions: they add behind their kernel")
 
     @property
     def _reach(self) -> list[int]:
@@ -80,23 +96,21 @@ class TransposedConvolution:
         bias = None if operands.bias is None else repeated(operands.bias)
         return Operands(phased.contiguous(), repeated(operands.scale), bias)
 
-    def interleave(self, y: Tensor, x: Tensor) -> Tensor:
-        """``[N, G * prod(s) * O / G, ...]`` to ``[N, O, ...]``, cut to the output's size."""
+    def interleave(self, y: Tensor) -> Tensor:
+        """``[N, G * prod(s) * O / G, ...]`` to ``[N, O, ...]``, in memory channels-last."""
         dims = len(self.stride)
         channels = y.shape[1] // (self.groups * math.prod(self.stride))
         split = y.unflatten(1, (self.groups, *self.stride, channels))
-        sizes, phases = range(3 + dims, 3 + 2 * dims), range(2, 2 + dims)
-        ordered = split.permute(0, *(axis for pair in zip(sizes, phases, strict=True) for axis in pair), 1, 2 + dims)
+        axes = [axis for i in range(dims) for axis in (3 + dims + i, 2 + i)]  # each size before its phase
         shape = [size * s for size, s in zip(y.shape[2:], self.stride, strict=True)]
-        out = ordered.reshape(y.shape[0], *shape, self.groups * channels).movedim(-1, 1)
-        padding = self.convolution().padding
-        for axis, (size, s, p, taps, reach, extra, inner) in enumerate(
-            zip(
-                x.shape[2:], self.stride, self.padding, self._taps, self._reach, self.output_padding, padding,
-                strict=True,
-            ),
-            start=2,
-        ):  # fmt: skip
-            length = (size - 1) * s - 2 * p + reach + extra
-            out = out.narrow(axis, p - s * (taps - 1 - inner), length)
-        return out
+        ordered = split.permute(0, *axes, 1, 2 + dims)
+        out: Tensor = ordered.reshape(y.shape[0], *shape, self.groups * channels)
+        return out.movedim(-1, 1)
+
+    def cuts(self) -> tuple[tuple[int, int, int], ...]:
+        """Per dimension ``(start, stride, extra)``: the output is ``[start, start + size * stride + extra)``."""
+        found = []
+        for i, (s, p, reach) in enumerate(zip(self.stride, self.padding, self._reach, strict=True)):
+            start = p - s * (self._taps[i] - 1 - self.convolution().padding[i])
+            found.append((start, s, reach + self.output_padding[i] - 2 * p - s))
+        return tuple(found)

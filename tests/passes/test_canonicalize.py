@@ -1,4 +1,5 @@
 """One spelling for one operation."""
+# ruff: noqa: E501  lines of goldens
 
 from __future__ import annotations
 
