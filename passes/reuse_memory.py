@@ -12,9 +12,9 @@ After::
     %conv = StaticLeaf<conv1>(%q)
     %out = StaticLeaf<conv2>(%b, %conv)         # overwrites %conv
 
-Declines to overwrite what is read later, what the model takes or returns, and what a view shares memory with; and to
-lay out integers that anyone but channels-last kernels reads. ``qfx.verify`` checks the first, so that a pass that adds a
-reader later on is found out.
+Declines to overwrite what is read later, what no kernel made, what a view shares memory with, and one tensor that comes
+as both inputs; and to lay out integers that anyone but channels-last kernels reads. ``qfx.verify`` checks the first, so
+that a pass that adds a reader later on is found out.
 """
 
 from __future__ import annotations

@@ -204,8 +204,8 @@ def quantize(
         else:
             q = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
             pointers = (x.data_ptr(), q.data_ptr(), scale.data_ptr(), zero_point.data_ptr())
-            sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])
-            loops.qfx_quantize_interleaved(*pointers, *sizes, quant_min, quant_max, _KIND[dtype], torch.get_num_threads())
+            tail = (quant_min, quant_max, _KIND[dtype], torch.get_num_threads())
+            loops.qfx_quantize_interleaved(*pointers, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], *tail)
             return q
     if loops is None or x.dtype is not torch.float32 or dtype not in _INTEGERS or not _usual(scale, zero_point):
         limits = {"quant_min": quant_min, "quant_max": quant_max}
@@ -781,6 +781,7 @@ def _aten_mean_pool(
 
 ATEN: dict[str, Callable[..., Any]] = {
     "quantize": affine.quantize,
+    "quantize_interleaved": affine.quantize,
     "dequantize": affine.dequantize,
     "fake_quantize": affine.fake_quantize,
     "fake_quantize_backward": torch.mul,

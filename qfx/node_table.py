@@ -90,7 +90,8 @@ class Report:
         products = sum(row.macs for row in self.rows if row.product)
         lines = {
             "recipe, target": f"{self.recipe}, {self.target}",
-            "nodes": f"{self.nodes_before} → {self.nodes_after}, {self.quantized} of {len(self.rows)} operators in integers",
+            "nodes": f"{self.nodes_before} → {self.nodes_after}, "
+            f"{self.quantized} of {len(self.rows)} operators in integers",
             "multiply-accumulates in integer": f"{self.integer_macs:.1%}"
             + (f" (and {products / 1e6:.1f} M of activations with activations)" if products else ""),
             "quantize/dequantize crossings": f"{self.crossings}, {self.regions} integer regions, "
@@ -140,7 +141,7 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
-# --- before: rows of an annotated graph --------------------------------------------------------------------------------------
+# --- before: rows of an annotated graph -------------------------------------------------------------------------------
 
 
 def rows_before(gm: fx.GraphModule) -> tuple[NodeRow, ...]:
@@ -174,7 +175,7 @@ def _row(node: fx.Node) -> NodeRow:
     )
 
 
-# --- after: what the lowered graph runs ----------------------------------------------------------------------------------------
+# --- after: what the lowered graph runs -------------------------------------------------------------------------------
 
 
 def rows_after(

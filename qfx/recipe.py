@@ -57,7 +57,7 @@ class QuantRule:
     def matches(self, subject: Subject) -> bool:
         return (
             (self.op is None or fnmatchcase(subject.op, self.op))
-            and (self.layer is None or any(fnmatchcase(path, self.layer) for path in _with_parents(subject.layer)))
+            and (self.layer is None or any(fnmatchcase(path, self.layer) for path in _names(subject.layer)))
             and (self.module is None or any(fnmatchcase(name, self.module) for name in subject.modules))
         )
 
@@ -66,9 +66,11 @@ class QuantRule:
         return f"{' '.join(where) or 'everything'}: {self.qconfig or 'float'}" + (f" ({self.why})" if self.why else "")
 
 
-def _with_parents(path: str) -> list[str]:
+def _names(path: str) -> list[str]:
+    """The path and its parents, each with a dot behind it as well: ``head.*`` means ``head`` itself too."""
     parts = path.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return [name + end for name in parents for end in ("", ".")]
 
 
 class _Keep:

@@ -230,4 +230,11 @@ class QConfig:
     weight: QuantSpec | None
 
     def __str__(self) -> str:
-        return f"weight: {self.weight or 'float'}; activation: {self.activation or 'float'}"
+        return f"weight: {_shown(self.weight)}; activation: {_shown(self.activation)}"
+
+
+def _shown(spec: QuantSpec | None) -> str:
+    if spec is None:
+        return "float"
+    observer = f" by {getattr(spec.observer, '__name__', spec.observer)}" if spec.observer else ""
+    return f"{spec}{observer}"

@@ -494,6 +494,16 @@ def test_pooling_refuses() -> None:
 # --- which implementation runs ----------------------------------------------------------------------------------------
 
 
+@given(batch=st.integers(0, 3), channels=st.integers(1, 6), height=st.integers(1, 40), width=st.integers(1, 40))
+def test_quantize_in_channels_last_is_quantize(batch: int, channels: int, height: int, width: int) -> None:
+    x = torch.randn(batch, channels, height, width)
+    scale, zero_point = torch.tensor(0.05), torch.tensor(7, dtype=torch.int32)
+    plain = kernels.quantize(x, scale, zero_point)
+    last = kernels.quantize(x, scale, zero_point, channels_last=True)
+    assert torch.equal(plain, last)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_every_loop_has_a_twin() -> None:
     assert kernels.LOOPS.keys() == kernels.ATEN.keys()
 

@@ -228,10 +228,16 @@ def test_recipes_print() -> None:
         [
             "Recipe int8 with reduced range",
             "  1. module='Embedding': float (the recipe skips it)",
-            "  2. layer='layer4.*': weight: int4 symmetric per group of 32; activation: uint8 affine per tensor"
+            "  2. layer='layer4.*': weight: int4 symmetric per group of 32; activation: uint8 affine per tensor by Histogram"
             " (the recipe sets it)",
             "  3. layer='head.*': float (fragile)",
-            "  else: weight: int8 symmetric per axis 0; activation: uint8 affine per tensor",
+            "  else: weight: int8 symmetric per axis 0 by MinMax; activation: uint8 affine per tensor by Histogram",
         ]
     )
     assert str(QuantRule(None)) == "everything: float"
+
+
+@pytest.mark.parametrize(("path", "matches"), [("head", True), ("header", False), ("head.fc", True)])
+def test_a_dot_star_means_the_layer_itself_too(path: str, matches: bool) -> None:
+    rule = Recipe.int8().skip("head.*").rules[0]
+    assert rule.matches(Subject("linear", path)) is matches
