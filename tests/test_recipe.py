@@ -228,8 +228,8 @@ def test_recipes_print() -> None:
         [
             "Recipe int8 with reduced range",
             "  1. module='Embedding': float (the recipe skips it)",
-            "  2. layer='layer4.*': weight: int4 symmetric per group of 32; activation: uint8 affine per tensor by Histogram"
-            " (the recipe sets it)",
+            "  2. layer='layer4.*': weight: int4 symmetric per group of 32 by Mse; "
+            "activation: uint8 affine per tensor by Histogram (the recipe sets it)",
             "  3. layer='head.*': float (fragile)",
             "  else: weight: int8 symmetric per axis 0 by MinMax; activation: uint8 affine per tensor by Histogram",
         ]
