@@ -34,10 +34,10 @@ from qfx.verify import leaf_of, read_again
 
 @dataclass(frozen=True)
 class ReuseMemory:
-    """Sets ``overwrites`` on leaves, and ``channels_last`` on quantize operators."""
+    """Sets ``overwrites`` on leaves, and ``channels_last`` on quantize operators; without leaves it does nothing."""
 
     name: ClassVar[str] = "reuse-memory"
-    stage: ClassVar[tuple[Stage, Stage]] = (Stage.LOWERED, Stage.LOWERED)
+    stage: ClassVar[tuple[Stage, Stage]] = (Stage.CONVERTED, Stage.CONVERTED)
     writes: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule) -> int:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils.hooks import RemovableHandle
 
-from qfx.capture import Subject
 from qfx.errors import CaptureError
 from qfx.examples import Example
 from qfx.growth import batch_of, resized
 from qfx.shapes import Freedom
 from qfx.structure import flatten
+from qfx.subject import Subject
 
 
 @dataclass(frozen=True)

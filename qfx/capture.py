@@ -2,49 +2,32 @@
 
 ``torch.export`` (non-strict) does the tracing. Around it: a stand-in copy in eval mode (:mod:`qfx.shadow`), examples of
 batch 1 grown to 2 so that the batch stays free, a ladder from every free size down to none, a graph without guards and
-assertions (:mod:`qfx.exported`), call binding (:mod:`qfx.calling`), and a comparison with the model itself.
+assertions (:mod:`qfx.exported`), call binding (:mod:`qfx.calling`), and a comparison with the model itself
+(:mod:`qfx.attempt`).
 """
 
 from __future__ import annotations
 
-import io
 import logging
-import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
-from traceback import FrameSummary, StackSummary
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from qfx.calling import (
-    CallBinder,
-    CallCodeGen,
-    CallForm,
-    Parameter,
-    TensorSpec,
-    bind,
-    codegen_of,
-    parameters_of,
-)
+from qfx.attempt import DataDependentError, FixedBatchError, Sizes, UncapturableError, attempt, short, where_fixed
+from qfx.calling import codegen_of
 from qfx.carried import carry_over
 from qfx.errors import CaptureError, QfxWarning
-from qfx.examples import Example, as_example
-from qfx.exported import graph_module_of
+from qfx.examples import as_example
 from qfx.graph_module import CapturedModule
-from qfx.growth import batch_of, differences, resized, row_disagreement
-from qfx.meta import add_notes, graph_info, update_graph, value
-from qfx.origin import error_line, stack_line
+from qfx.growth import batch_of, resized, row_disagreement
+from qfx.meta import add_notes, graph_info
+from qfx.origin import error_line
 from qfx.shadow import shadow_of, undisturbed
-from qfx.shapes import Freedom, batch_freedom, explicit, no_freedom, token_freedom
-from qfx.structure import Constant, Container, Leaf, Structure, flatten, opaque, paths, rebuild
+from qfx.shapes import Freedom
+from qfx.structure import flatten
+from qfx.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -132,133 +115,6 @@ def warn_of_training(model: nn.Module) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is captured: the user's model, its stand-in, and one call of it."""
-
-    model: nn.Module
-    shadow: nn.Module
-    parameters: tuple[Parameter, ...]
-    form: CallForm
-    structure: Container
-    tensors: tuple[Tensor, ...]
-    path: str = ""
-
-    @classmethod
-    def of(cls, model: nn.Module, shadow: nn.Module, example: Example, path: str = "") -> Subject:
-        """Bind the example to the model's signature; ``path`` is where a child stands in the user's whole model.
-
-        Raises:
-            CaptureError: wrong arity, or a tensor without values.
-        """
-        parameters = parameters_of(model)
-        bound = bind(type(model).__name__, parameters, example.args, example.kwargs)
-        leaves, structure = flatten(bound)
-        assert isinstance(structure, Container)
-        for at, part in arguments(structure):
-            if isinstance(part, Leaf) and (not isinstance(leaves[part.index], Tensor) or _is_empty(leaves[part.index])):
-                raise CaptureError(f"example input {at} has no values", hint="give an ordinary tensor")
-        for name, child in zip(structure.keys, structure.children, strict=True):
-            if found := opaque(child, str(name)):
-                _refuse_default(parameters, *found)
-        if not leaves:
-            raise CaptureError("example_inputs holds no tensor", hint="give at least one tensor")
-        form = CallForm.of(example.args, example.kwargs)
-        return cls(model, shadow, parameters, form, structure, _distinct(leaves), path)
-
-    @property
-    def name(self) -> str:
-        return type(self.model).__name__
-
-    def ladder(self, dynamic_shapes: Any = None) -> tuple[Freedom, ...]:
-        """Which sizes to leave free, from the most to the least; only what the user asked for, where something is."""
-        if dynamic_shapes is not None:
-            return (explicit(self.parameters, self.structure, dynamic_shapes, self.tensors),)
-        steps = (token_freedom(self.tensors), batch_freedom(self.tensors), no_freedom(self.tensors))
-        return tuple(step for i, step in enumerate(steps) if step not in steps[:i])
-
-    def run(self, tensors: Sequence[Tensor]) -> Any:
-        """Call the stand-in; it gets copies of the tensors, for it may write to them."""
-        args, kwargs = self.form.call(self.parameters, rebuild(self.structure, [t.clone() for t in tensors]))
-        state = torch.get_rng_state()
-        try:
-            return self.shadow(*args, **kwargs)
-        finally:
-            torch.set_rng_state(state)
-
-
-def arguments(structure: Container) -> list[tuple[str, Leaf | Constant]]:
-    """The leaves and constants of bound parameters with the path that the user knows: ``x``, ``batch['image']``."""
-    return [
-        found
-        for name, child in zip(structure.keys, structure.children, strict=True)
-        for found in paths(child, str(name))
-    ]
-
-
-def _refuse_default(parameters: Sequence[Parameter], at: str, value: Any) -> None:
-    """An object as argument is refused, unless it is merely the parameter's default."""
-    if not any(p.name == at and p.has_default and p.default is value for p in parameters):
-        raise CaptureError(
-            f"argument {at} is a {type(value).__name__}, which a graph cannot take",
-            hint="give tensors, numbers, strings, None, or containers and dataclasses of them",
-        )
-
-
-def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies of tensors that come twice, which ``torch.export`` would take for one, and of those of inference mode."""
-    first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
-    return tuple(t if first[id(t)] == i and not t.is_inference() else t.clone() for i, t in enumerate(tensors))
-
-
-def _is_empty(tensor: Tensor) -> bool:
-    return tensor.is_meta or type(tensor).__name__ == "FakeTensor"
-
-
-class _Flat(nn.Module):
-    """The stand-in behind a signature of flat tensors; ``keep`` is told the structure of what it returns."""
-
-    def __init__(self, subject: Subject, keep: Callable[[Structure], None]) -> None:
-        super().__init__()
-        self.model = subject.shadow
-        self.subject = subject
-        self.keep = keep
-        self.training = False
-
-    def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
-        subject = self.subject
-        args, kwargs = subject.form.call(subject.parameters, rebuild(subject.structure, leaves))
-        flat, structure = flatten(self.model(*args, **kwargs))
-        if found := opaque(structure, "its result"):
-            raise CaptureError(f"{found[0]} is a {type(found[1]).__name__}, which a graph cannot return")
-        self.keep(structure)
-        return tuple(flat)
-
-
-class UncapturableError(CaptureError):
-    """The model cannot become one graph; parts of it may (:func:`qfx.regions.capture_regions`)."""
-
-
-class DataDependentError(UncapturableError):
-    """Python code of the model decides by the values of tensors; no choice of free sizes helps."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The example at the size to trace at, and both sizes with the model's own results to compare with.
-
-    ``fixed`` says why the batch must stay as given; ``""`` where it may be free.
-    """
-
-    traced: tuple[Tensor, ...]
-    compared: tuple[tuple[tuple[Tensor, ...], list[Any]], ...]
-    fixed: str = ""
-
-
-class FixedBatchError(UncapturableError):
-    """The model's own code makes the batch size a constant."""
-
-
 def capture_subject(subject: Subject, ladder: Sequence[Freedom], *, exactly: bool = False) -> CapturedModule:
     """The graph of ``subject`` at the first step of ``ladder`` that exports and runs; to be called ``undisturbed``.
 
@@ -309,7 +165,7 @@ def _own_results(subject: Subject, tensors: Sequence[Tensor]) -> list[Any]:
         return flatten(subject.run(tensors))[0]
     except Exception as error:
         raise CaptureError(
-            f"{subject.name} itself fails on example_inputs: {_short(error)}",
+            f"{subject.name} itself fails on example_inputs: {short(error)}",
             source=error_line(error),
             hint="give example_inputs that the model accepts in eval mode",
         ) from error
@@ -324,7 +180,7 @@ def _sizes(subject: Subject, given: list[Any]) -> Sizes:
     try:
         results = flatten(subject.run(other))[0]
     except Exception as error:
-        reason = f"the model itself fails at batch {batch_of(other)}: {_short(error)}"
+        reason = f"the model itself fails at batch {batch_of(other)}: {short(error)}"
     else:
         single, several = (given, results) if grown else (results, given)
         reason = row_disagreement(single, several)
@@ -332,126 +188,6 @@ def _sizes(subject: Subject, given: list[Any]) -> Sizes:
             both = ((subject.tensors, given), (other, results))
             return Sizes(other if grown else subject.tensors, both)
     return Sizes(subject.tensors, ((subject.tensors, given),), reason if grown else "")
-
-
-def attempt(subject: Subject, freedom: Freedom, sizes: Sizes) -> CapturedModule:
-    """Export with these sizes free, rebuild, and compare with the model itself.
-
-    Raises:
-        CaptureError: the export is refused, or what came of it is not what the model does.
-    """
-    results: list[Structure] = []
-    program = _export(_Flat(subject, results.append), sizes.traced, freedom, subject.name)
-    names = [at for at, part in arguments(subject.structure) if isinstance(part, Leaf)]
-    gm = graph_module_of(program, subject.model, "model", [_identifier(n) for n in names], subject.path)
-    specs = _tensor_specs(gm, names)
-    fixed = [i for i, dims in enumerate(freedom) if 0 in dims and isinstance(specs[i].sizes[0], int)]
-    grown = [i for i in fixed if subject.tensors[i].shape[0] != sizes.traced[i].shape[0]]
-    if grown:
-        raise FixedBatchError(f"the model's code makes the batch size a constant{_where_fixed(gm, grown[0], 0)}")
-    binder = CallBinder(subject.name, subject.parameters, subject.structure, specs, _limits(program), subject.path)
-    gm.graph.set_codegen(CallCodeGen(binder, results[-1]))
-    gm.recompile()
-    update_graph(gm, stage="CAPTURED")
-    for tensors, want in sizes.compared[:1] if fixed else sizes.compared:
-        _compare(gm, subject, tensors, want)
-    return gm
-
-
-def _export(flat: nn.Module, tensors: tuple[Tensor, ...], freedom: Freedom, name: str) -> ExportedProgram:
-    try:
-        with _quiet():
-            return torch.export.export(flat, tensors, dynamic_shapes={"leaves": tuple(freedom)}, strict=False)
-    except Exception as error:
-        kind = DataDependentError if _is_data_dependent(error) else UncapturableError
-        raise kind(
-            f"{name} cannot be exported: {_short(error)}",
-            source=error_line(error),
-            hint="make this line independent of the values of tensors, or quantize the modules around it one by one",
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch prints the graph that it could not finish and logs advice; an error of ours says it instead.
-
-    It also warns of tensors that the model keeps as attributes, as every ``nn.LSTM`` does: a graph keeps none.
-    """
-    printed = io.StringIO()
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export._trace")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with redirect_stderr(printed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if printed.getvalue():
-            log.debug("printed during export:\n%s", printed.getvalue())
-
-
-_DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
-
-
-def _is_data_dependent(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, _DATA_DEPENDENT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _short(error: BaseException) -> str:
-    """The error's class and first line."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-
-
-def _identifier(path: str) -> str:
-    """``batch['image']`` → ``batch_image``."""
-    return re.sub(r"\W+", "_", path).strip("_")
-
-
-def _tensor_specs(gm: fx.GraphModule, names: Sequence[str]) -> tuple[TensorSpec, ...]:
-    values = [value(n) for n in gm.graph.nodes if n.op == "placeholder"]
-    return tuple(
-        TensorSpec(name, val.dtype, tuple(_size(s) for s in val.shape)) for name, val in zip(names, values, strict=True)
-    )
-
-
-def _size(size: int | torch.SymInt) -> int | str:
-    """A number where the trace fixed it (a symbol that turned out to be one, too), else the symbol's name."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.expr) if size.node.expr.is_Integer else str(size.node.expr)
-
-
-def _limits(program: ExportedProgram) -> dict[str, int]:
-    """The greatest size of each symbol that has one."""
-    uppers = {str(symbol): bounds.upper for symbol, bounds in program.range_constraints.items()}
-    return {name: int(upper) for name, upper in uppers.items() if upper.is_Integer}
-
-
-def _compare(gm: CapturedModule, subject: Subject, tensors: Sequence[Tensor], want: list[Any]) -> None:
-    if any(_is_random(n) for n in gm.graph.nodes):
-        return
-    args, kwargs = subject.form.call(subject.parameters, rebuild(subject.structure, [t.clone() for t in tensors]))
-    try:
-        text = differences(want, flatten(gm(*args, **kwargs))[0])
-    except Exception as error:
-        text = _short(error)
-    if text:
-        raise UncapturableError(
-            f"the graph of {subject.name} is not what the model does at batch {batch_of(tensors)}: {text}",
-            hint="give an example with the sizes, and the branches of Python code, that you need",
-        )
-
-
-def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _explain(gm: CapturedModule, given: Sequence[Tensor], wanted: Freedom, batch: str, refused: str) -> None:
@@ -480,20 +216,4 @@ def _explain(gm: CapturedModule, given: Sequence[Tensor], wanted: Freedom, batch
 def _why_fixed(gm: fx.GraphModule, tensor: int, dim: int, size: int) -> str:
     if size < 2:
         return "torch.export takes a size below 2 for a constant; give an example with a greater one"
-    return f"the model's code makes it a constant{_where_fixed(gm, tensor, dim)}"
-
-
-def _where_fixed(gm: fx.GraphModule, tensor: int, dim: int) -> str:
-    """`` at file:line`` of the user's code that made a size a constant, where torch's guards tell it."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    val = value(placeholders[tensor])
-    size, shape_env = val.shape[dim], val.fake_mode.shape_env
-    if isinstance(size, int) or shape_env is None:
-        return ""
-    symbol = size.node._expr
-    for guard in shape_env.guards:
-        frame = guard.sloc.framework_loc
-        if symbol in guard.expr.free_symbols and isinstance(frame, FrameSummary):
-            line = stack_line(StackSummary.from_list([frame]))
-            return f" at {line}" if line else ""
-    return ""
+    return f"the model's code makes it a constant{where_fixed(gm, tensor, dim)}"

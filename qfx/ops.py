@@ -57,12 +57,12 @@ def pack(q: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, signed: bool, length: int) -> Tensor:
     """The inverse of :func:`pack`: int8 (signed) or uint8 of ``[..., length]``."""
     width = storage_bits(bits)
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-    q = ((packed.unsqueeze(-1) >> shifts) & ((1 << width) - 1)).flatten(-2)[..., :length]
-    if not signed:
-        return q.contiguous()
-    sign = 1 << (width - 1)
-    return ((q ^ sign).to(torch.int16) - sign).to(torch.int8)
+    if signed:  # up against the sign bit, then arithmetically down again
+        bytes_ = packed.view(torch.int8)
+        fields = [(bytes_ << (8 - width - low)) >> (8 - width) for low in range(0, 8, width)]
+    else:
+        fields = [(packed >> low) & ((1 << width) - 1) for low in range(0, 8, width)]
+    return torch.stack(fields, -1).flatten(-2)[..., :length].contiguous()
 
 
 # --- implementations ------------------------------------------------------------------------------------------------

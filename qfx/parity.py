@@ -18,6 +18,7 @@ from qfx.errors import VerifyError
 from qfx.meta import info
 from qfx.passes.eliminate_dead_code import EliminateDeadCode
 from qfx.passes.lower import Lower
+from qfx.passes.reuse_memory import ReuseMemory
 from qfx.pipeline import Stage, run_pass, stage_of
 from qfx.recipe import Recipe
 from qfx.targets import TARGETS, Leaf, Target, choose
@@ -47,7 +48,9 @@ def converted(
     target: str | Target = "auto",
 ) -> nn.Module:
     """``model`` quantized for ``target`` up to stage CONVERTED, not lowered; arguments as of ``quantize``."""
-    passes = default_pipeline(recipe, target).without(Lower.name).without(EliminateDeadCode.name)
+    passes = default_pipeline(recipe, target)
+    for p in (Lower, ReuseMemory, EliminateDeadCode):
+        passes = passes.without(p.name)
     return quantize(
         model, example_inputs, calibration=calibration, recipe=recipe, target=target, pipeline=passes, verbose=False
     )

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from qfx.attempt import Sizes, UncapturableError, attempt
 from qfx.calling import codegen_of
 from qfx.calls import Call, Usage, record, usage
-from qfx.capture import NOTES, Sizes, Subject, UncapturableError, attempt, capture, original, warn_of_training
+from qfx.capture import NOTES, capture, original, warn_of_training
 from qfx.carried import carry_over
 from qfx.errors import CaptureError
 from qfx.examples import Example, as_example
@@ -25,6 +26,7 @@ from qfx.growth import differences
 from qfx.meta import add_notes
 from qfx.shadow import shadow_of, undisturbed
 from qfx.structure import flatten
+from qfx.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +203,7 @@ def _graph(used: Usage) -> CapturedModule:
     """Export the traced call with free what varies, and compare with the child itself on the calls of every run.
 
     Raises:
-        CaptureError: see :func:`qfx.capture.attempt`; or a size that varies cannot be free.
+        CaptureError: see :func:`qfx.attempt.attempt`; or a size that varies cannot be free.
     """
     compared = tuple((s.tensors, flatten(s.run(s.tensors))[0]) for s in used.of_runs)
     graph = attempt(used.traced, used.freedom, Sizes(used.traced.tensors, compared))

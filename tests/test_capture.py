@@ -14,14 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from qfx.capture import (
-    DataDependentError,
-    FixedSizeWarning,
-    TrainingModeWarning,
-    UncapturableError,
-    capture,
-    is_captured,
-)
+from qfx.attempt import DataDependentError, UncapturableError
+from qfx.capture import FixedSizeWarning, TrainingModeWarning, capture, is_captured
 from qfx.errors import CaptureError, ConfigError
 from qfx.growth import difference, differences, row_disagreement
 from qfx.meta import graph_info

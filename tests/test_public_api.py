@@ -1,0 +1,143 @@
+"""A snapshot of the public API: a change here is a change for every user, and belongs into CHANGELOG.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import qfx
+
+NAMES = [
+    "ArtifactError",
+    "CalibrationError",
+    "CaptureError",
+    "ConfigError",
+    "IntType",
+    "NativeError",
+    "PassError",
+    "PerAxis",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "Pipeline",
+    "QConfig",
+    "QfxError",
+    "QfxWarning",
+    "QuantRule",
+    "QuantSpec",
+    "Recipe",
+    "Report",
+    "Scheme",
+    "Stage",
+    "UnsupportedError",
+    "VerifyError",
+    "calibrate",
+    "convert",
+    "default_pipeline",
+    "prepare",
+    "quantize",
+    "report",
+]
+
+SIGNATURES = {
+    "quantize": "(model: 'nn.Module', example_inputs: 'Any', *, calibration: 'Iterable[Any] | None' = None, "
+    "recipe: 'str | Recipe' = 'int8', target: 'str | Target' = 'auto', pipeline: 'Pipeline | None' = None, "
+    "dynamic_shapes: 'Any' = None, inplace: 'bool' = False, verbose: 'bool' = True) -> 'nn.Module'",
+    "prepare": "(model: 'nn.Module', example_inputs: 'Any', *, recipe: 'str | Recipe' = 'int8', "
+    "target: 'str | Target' = 'auto', pipeline: 'Pipeline | None' = None, dynamic_shapes: 'Any' = None) "
+    "-> 'nn.Module'",
+    "calibrate": "(prepared: 'nn.Module', data: 'Iterable[Any]') -> 'nn.Module'",
+    "convert": "(prepared: 'nn.Module', *, verbose: 'bool' = False) -> 'nn.Module'",
+    "report": "(qmodel: 'nn.Module') -> 'Report'",
+    "default_pipeline": "(recipe: 'str | Recipe' = 'int8', target: 'str | Target' = 'auto') -> 'Pipeline'",
+    "Recipe.preset": "(name: 'str') -> 'Recipe'",
+    "Recipe.int8": "() -> 'Recipe'",
+    "Recipe.int8_dynamic": "() -> 'Recipe'",
+    "Recipe.w8a16": "() -> 'Recipe'",
+    "Recipe.w4a16": "(group_size: 'int' = 128) -> 'Recipe'",
+    "Recipe.skip": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, "
+    "module: 'str | None' = None, why: 'str' = '') -> 'Recipe'",
+    "Recipe.set": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, "
+    "module: 'str | None' = None, weight: 'Part' = KEEP, activation: 'Part' = KEEP, why: 'str' = '') -> 'Recipe'",
+    "Pipeline.before": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
+    "Pipeline.after": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
+    "Pipeline.replace": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
+    "Pipeline.without": "(self, name: 'str') -> 'Pipeline'",
+    "Report.table": "(self) -> 'str'",
+    "Report.summary": "(self) -> 'str'",
+    "Report.to_dict": "(self) -> 'dict[str, object]'",
+}
+
+FIELDS = {
+    "QConfig": ["activation", "weight"],
+    "QuantRule": ["qconfig", "op", "layer", "module", "why", "own"],
+    "QuantSpec": ["element", "scheme", "granularity", "observer", "dynamic", "narrow_range"],
+    "Recipe": ["name", "default", "rules", "reduce_range"],
+    "IntType": ["bits", "signed"],
+    "PerAxis": ["axis"],
+    "PerGroup": ["size", "axis"],
+}
+
+STAGES = ["CAPTURED", "CANONICAL", "FUSED", "ANNOTATED", "PREPARED", "CALIBRATED", "CONVERTED", "LOWERED"]
+
+
+def found(path: str) -> Any:
+    value: Any = qfx
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def test_names() -> None:
+    assert sorted(qfx.__all__) == NAMES
+    assert all(hasattr(qfx, name) for name in NAMES)
+
+
+def test_signatures() -> None:
+    assert {path: str(inspect.signature(found(path))) for path in SIGNATURES} == SIGNATURES
+
+
+def test_every_public_function_is_in_the_snapshot() -> None:
+    functions = {name for name in qfx.__all__ if inspect.isfunction(getattr(qfx, name))}
+    assert functions == {path for path in SIGNATURES if "." not in path}
+
+
+def test_fields_of_values() -> None:
+    assert {name: [f.name for f in dataclasses.fields(found(name))] for name in FIELDS} == FIELDS
+
+
+def test_values_are_frozen() -> None:
+    assert all(found(name).__dataclass_params__.frozen for name in (*FIELDS, "Pipeline", "Report"))
+
+
+def test_stages_in_order() -> None:
+    assert [stage.name for stage in qfx.Stage] == STAGES
+
+
+def test_everything_public_is_documented() -> None:
+    documented = [found(path).__doc__ for path in SIGNATURES if "." not in path]
+    assert all(documented)
+    for name in qfx.__all__:
+        value = getattr(qfx, name)
+        if inspect.isclass(value):
+            assert value.__doc__ and value.__doc__ != dict.__doc__, name
+
+
+def test_presets() -> None:
+    from qfx.recipe import PRESETS
+
+    assert list(PRESETS) == ["int8", "int8_dynamic", "w8a16", "w4a16"]
+    assert all(qfx.Recipe.preset(name) is PRESETS[name] for name in PRESETS)
+
+
+def test_every_submodule_says_what_it_is() -> None:
+    import importlib
+    import pkgutil
+
+    for package in ("qfx", "qfx.passes", "qfx.models", "qfx.targets"):
+        module = importlib.import_module(package)
+        for entry in pkgutil.iter_modules(module.__path__):
+            name = f"{package}.{entry.name}"
+            if not entry.ispkg:
+                assert importlib.import_module(name).__doc__, f"{name} has no docstring"
