@@ -17,7 +17,7 @@ from qfx import calibration as calibration_
 from qfx.calling import codegen_of, flat_inputs
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.examples import Example, as_example
-from qfx.inference import GradientGuard, freeze
+from qfx.inference import GradientGuard, freeze, storages
 from qfx.meta import add_notes, graph_info, info
 from qfx.metrics import sqnr_db
 from qfx.node_table import Report, build_report, crossings, rows_before, tensor_bytes
@@ -94,7 +94,7 @@ def quantize(
     calibrate(prepared, data)
     if inplace:
         _release(model)
-    return _convert(prepared, verbose=verbose)
+    return _convert(prepared, foreign=frozenset() if inplace else storages(prepared), verbose=verbose)
 
 
 def default_pipeline(recipe: str | Recipe = "int8", target: str | Target = "auto") -> Pipeline:
@@ -162,7 +162,7 @@ def convert(prepared: nn.Module, *, verbose: bool = False) -> nn.Module:
     plan = _plan(prepared)
     shared = {id(t): t for t in (*prepared.parameters(), *prepared.buffers())}
     twin = copy.deepcopy(prepared, {**shared, id(plan): plan})
-    return _convert(twin, verbose=verbose)
+    return _convert(twin, foreign=storages(prepared), verbose=verbose)
 
 
 def report(qmodel: nn.Module) -> Report:
@@ -258,7 +258,8 @@ def _release(model: nn.Module) -> None:
                 module._parameters[name] = empty[parameter]
 
 
-def _convert(prepared: nn.Module, *, verbose: bool) -> nn.Module:
+def _convert(prepared: nn.Module, *, foreign: frozenset[int], verbose: bool) -> nn.Module:
+    """Convert in place; memory in ``foreign`` belongs to a model that lives on: what stays float is copied from it."""
     plan = _plan(prepared)
     parts = graphs(prepared)
     for path, gm in parts.items():
@@ -268,8 +269,8 @@ def _convert(prepared: nn.Module, *, verbose: bool) -> nn.Module:
     assert plan.first_call is not None
     with undisturbed():
         calls = _calls(prepared, parts, plan.first_call)
-        reports = [_convert_graph(gm, inputs, plan) for gm, inputs in calls]
-    freeze(prepared)
+        reports = [_convert_graph(gm, inputs, plan, foreign) for gm, inputs in calls]
+    freeze(prepared, foreign)
     delattr(prepared, _PLAN)
     whole = _joined(reports, plan, prepared)
     setattr(prepared, _REPORT, whole)
@@ -302,7 +303,9 @@ def _calls(
     return list(seen.values())
 
 
-def _convert_graph(gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan) -> Report:
+def _convert_graph(
+    gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan, foreign: frozenset[int]
+) -> Report:
     inputs = _few(gm, inputs)
     rows = rows_before(gm)
     groups = len({info(n).group for n in gm.graph.nodes} - {""})
@@ -317,6 +320,7 @@ def _convert_graph(gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan) 
         share_groups=groups,
         weight_bytes_before=plan.weight_bytes,
     )
+    freeze(gm, foreign)  # before the first run: kernels pack what they find
     if not _weight_only(gm):
         gm.register_forward_pre_hook(GradientGuard(plan.model), with_kwargs=True)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +30,33 @@ class GradientGuard:
             )
 
 
-def freeze(module: nn.Module) -> None:
-    """Replace parameters by ones that require no gradient, on the same storage; the user's own stay as they are.
+def freeze(module: nn.Module, foreign: Collection[int] = frozenset()) -> None:
+    """Replace parameters by ones that require no gradient; the user's own stay as they are. Tied ones stay tied.
 
-    Tied parameters stay tied.
+    ``foreign``: addresses of storages (:func:`storages`) that belong to another model. Parameters and buffers in them
+    become copies, so that neither model changes with the other; all else keeps its memory.
     """
-    frozen = {p: nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters() if p.requires_grad}
+    made: dict[Tensor, Any] = {}
+
+    def own(t: Tensor) -> Any:
+        if t not in made:
+            data = t.detach().clone() if _address(t) in foreign else t.detach()
+            made[t] = nn.Parameter(data, requires_grad=False) if isinstance(t, nn.Parameter) else data
+        return made[t]
+
     for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                child._parameters[name] = frozen.get(parameter, parameter)
+        child._parameters.update({name: own(p) for name, p in child._parameters.items() if p is not None})
+        child._buffers.update({name: own(b) for name, b in child._buffers.items() if b is not None})
+
+
+def storages(module: nn.Module) -> frozenset[int]:
+    """The addresses of the memory that parameters and buffers of ``module`` lie in."""
+    return frozenset(_address(t) for t in (*module.parameters(), *module.buffers())) - {0}
+
+
+def _address(t: Tensor) -> int:
+    """Where the tensor's memory begins; 0 where it has none."""
+    return t.untyped_storage().data_ptr() if t.layout is torch.strided else 0
 
 
 def refuse_dtype(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
-import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
@@ -71,7 +70,13 @@ class Report:
         return sum(row.macs for row in weighted if row.integer) / total if total else 0.0
 
     @property
+    def product_macs(self) -> int:
+        """Multiply-accumulates of activations with activations, at the example's sizes."""
+        return sum(row.macs for row in self.rows if row.product)
+
+    @property
     def quantized(self) -> int:
+        """How many operators compute on integers."""
         return sum(row.integer for row in self.rows)
 
     def to_dict(self) -> dict[str, object]:
@@ -87,13 +92,13 @@ class Report:
 
     def summary(self) -> str:
         """The lines below the table."""
-        products = sum(row.macs for row in self.rows if row.product)
         lines = {
             "recipe, target": f"{self.recipe}, {self.target}",
             "nodes": f"{self.nodes_before} → {self.nodes_after}, "
             f"{self.quantized} of {len(self.rows)} operators in integers",
             "multiply-accumulates in integer": f"{self.integer_macs:.1%}"
-            + (f" (and {products / 1e6:.1f} M of activations with activations)" if products else ""),
+            + (" of those in graphs" if self.float_parts else "")
+            + (f" (and {self.product_macs / 1e6:.1f} M of activations with activations)" if self.product_macs else ""),
             "quantize/dequantize crossings": f"{self.crossings}, {self.regions} integer regions, "
             f"{self.share_groups} share groups",
             "weights": f"{_size(self.weight_bytes_before)} → {_size(self.weight_bytes_after)}",
@@ -221,11 +226,10 @@ def _type(val: object) -> str:
 
 
 def region_graph(gm: fx.GraphModule) -> nx.DiGraph:
-    """The lowered graph as networkx: nodes carry ``integer`` (their value is uint8 or int8) and ``operator``."""
+    """The lowered graph as networkx: nodes carry ``integer`` (they hold uint8 or int8) and ``operator``."""
     graph = nx.DiGraph()
     for node in gm.graph.nodes:
-        val = value(node)
-        integer = isinstance(val, Tensor) and val.dtype in (torch.uint8, torch.int8)
+        integer = node.op != "placeholder" and _type(value(node)) in ("uint8", "int8")  # a split is a tuple
         graph.add_node(node.name, integer=integer, operator=name_of(node) or node.op)
         graph.add_edges_from((n.name, node.name) for n in tensor_inputs(node))
     return graph

@@ -27,6 +27,7 @@ from qfx.models import MODELS_SMALL
 from qfx.ops import dequantize
 from qfx.pipeline import Stage, stage_of
 from qfx.printer import show
+from qfx.targets import TARGETS
 
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
 
@@ -144,6 +145,25 @@ def test_nearly_all_multiply_accumulates_are_in_integers(name: str) -> None:
 @pytest.mark.parametrize("name", TOKENS)
 def test_presets_for_linear_layers_cover_token_models(name: str, recipe: str) -> None:
     assert qfx.report(quantized(name, recipe)).integer_macs >= 0.98
+
+
+FASTER = [name for name, target in TARGETS.items() if name != "reference" and target.unavailable() is None]
+
+
+@pytest.mark.parametrize("target", FASTER)
+@pytest.mark.parametrize("name", MODELS_SMALL)
+def test_other_targets_do_what_the_reference_does(name: str, target: str) -> None:
+    (model, example), qmodel = reference_model(name), quantized(name, "int8")
+    data = [like(example, 8, seed=seed) for seed in (11, 12)]
+    made = qfx.quantize(model, example, calibration=data, target=target, verbose=False)
+    for batch in (1, 3, 8):
+        inputs = like(example, batch)
+        want, got = call(qmodel, inputs), call(made, inputs)
+        assert_same_structure(want, got)
+        assert worst_sqnr(want, got) > 35  # a sum that ends on half a step may round to either side
+    reports = [qfx.report(m) for m in (qmodel, made)]
+    products = [sum(row.integer and row.product for row in r.rows) for r in reports]
+    assert reports[1].integer_macs == reports[0].integer_macs and products[1] <= products[0]
 
 
 @pytest.mark.parametrize("name", MODELS_SMALL)
@@ -372,7 +392,8 @@ def test_without_a_fusion_the_batch_norm_stays_float() -> None:
 def test_without_lower_the_portable_form_comes_back() -> None:
     x = torch.randn(32, 8)
     model = Two().eval()
-    portable = small(model, example_inputs=x, pipeline=qfx.default_pipeline().without("lower"))
+    passes = tuple(p for p in qfx.default_pipeline() if p.stage[1] < Stage.LOWERED)
+    portable = small(model, example_inputs=x, pipeline=qfx.Pipeline(passes))
     assert isinstance(portable, fx.GraphModule)
     assert any(n.target is dequantize for n in portable.graph.nodes)
     assert not any(n.op == "call_module" for n in portable.graph.nodes)
@@ -441,6 +462,7 @@ _HASHED = """
 import hashlib, warnings, torch, qfx
 from qfx.models import MODELS_SMALL
 from qfx.printer import show
+from qfx.targets import TARGETS
 warnings.simplefilter("ignore")
 model, example = MODELS_SMALL["resnet20"]()
 q = qfx.quantize(model, example, target="reference", verbose=False)
@@ -561,6 +583,39 @@ def test_success_leaves_the_model_bit_identical(recipe: str) -> None:
     qmodel = qfx.quantize(model, X, recipe=recipe, target="reference", verbose=False)
     qmodel(X)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+@pytest.mark.parametrize("by_hand", [False, True], ids=["quantize", "convert"])
+def test_the_quantized_model_and_the_users_share_no_memory(recipe: str, by_hand: bool) -> None:
+    """Float training may go on, and a state dict may be loaded into the quantized model, without harm to the other."""
+    model, _ = stateful()
+    if by_hand:
+        prepared = qfx.prepare(model, X, recipe=recipe, target="reference")
+        qmodel = qfx.convert(qfx.calibrate(prepared, [X]))
+    else:
+        qmodel = qfx.quantize(model, X, recipe=recipe, target="reference", verbose=False)
+    before, want = fingerprint(model)["tensors"], qmodel(X)
+    twin = copy.deepcopy(qmodel)
+    for t in (*qmodel.parameters(), *qmodel.buffers()):
+        t.detach().zero_()
+    assert fingerprint(model)["tensors"] == before
+    qmodel.load_state_dict(twin.state_dict())
+    with torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()):
+            t.add_(1)
+    assert torch.equal(qmodel(X), want)
+
+
+def test_convert_leaves_what_it_was_given() -> None:
+    model, _ = stateful()
+    prepared = qfx.calibrate(qfx.prepare(model, X, target="reference"), [X])
+    want = prepared(X)
+    first = qfx.convert(prepared)
+    for t in (*first.parameters(), *first.buffers()):
+        t.detach().zero_()
+    assert torch.equal(prepared(X), want) and not torch.equal(first(X), want)
+    assert qfx.convert(prepared)(X).any()
 
 
 @pytest.mark.parametrize("failure", FAILURES)

@@ -319,9 +319,7 @@ def test_weight_only_models_pass_gradients_to_their_input(
 
 @each_target
 @pytest.mark.parametrize("recipe", ["int8", "int8_dynamic"])
-def test_integer_activations_refuse_gradients_by_name(
-    made: Callable[..., nn.Module], recipe: str, target: str
-) -> None:
+def test_integer_activations_refuse_gradients_by_name(made: Callable[..., nn.Module], recipe: str, target: str) -> None:
     qmodel, x = made(recipe, target), X.clone().requires_grad_()
     with pytest.raises(qfx.UnsupportedError, match=r"Net .* no gradient[\s\S]*no_grad"):
         qmodel(x)
