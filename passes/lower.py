@@ -164,7 +164,16 @@ def _arguments(node: fx.Node, start: int, *, by_name: bool) -> Iterator[tuple[st
     for i, a in enumerate(node.target._schema.arguments):
         if i >= start and a.kwarg_only == by_name:
             default = a.default_value if a.has_default_value() else None
-            yield a.name, node.kwargs.get(a.name, default) if by_name else argument(node, i, a.name, default)
+            yield a.name, _plain(node.kwargs.get(a.name, default) if by_name else argument(node, i, a.name, default))
+
+
+def _plain(arg: Any) -> Any:
+    """``arg`` with Python's own containers: fx's immutable ones neither compile nor compare by type."""
+    if isinstance(arg, dict):
+        return {k: _plain(v) for k, v in arg.items()}
+    if isinstance(arg, list | tuple):
+        return (list if isinstance(arg, list) else tuple)(_plain(v) for v in arg)
+    return arg
 
 
 # --- anchors ----------------------------------------------------------------------------------------------------------
@@ -336,8 +345,8 @@ def point_region(gm: fx.GraphModule, node: fx.Node, row: Op, limits: Limits) -> 
         op=row,
         target=node.target,
         inputs=tuple(q for q in inputs if q is not None),
-        args=fx.map_arg(node.args, slot),
-        kwargs=dict(fx.map_arg(node.kwargs, slot)),
+        args=_plain(fx.map_arg(node.args, slot)),
+        kwargs=_plain(fx.map_arg(node.kwargs, slot)),
         output=qparams_of(gm, output, limits),  # type: ignore[arg-type]
     )
     return Found(region, node, tuple(n.args[0] for n in unique), output, (node,))  # type: ignore[misc]

@@ -152,17 +152,34 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 def is_constant(node: fx.Node) -> bool:
     """True for parameters, buffers, and calls on nothing else: values that no input, write or chance changes."""
-    if node.op == "get_attr":
-        return not is_written(node)
-    if node.op != "call_function" or mutates(node) or _draws(node) or not (inputs := tensor_inputs(node)):
-        return False
-    return all(is_constant(n) for n in inputs)
+    todo, seen = [node], {node}
+    while todo:  # no recursion: deep models are deeper than Python's stack
+        current = todo.pop()
+        if current.op == "get_attr":
+            if is_written(current):
+                return False
+            continue
+        if current.op != "call_function" or mutates(current) or _draws(current) or _varies(value(current)):
+            return False
+        inputs = set(tensor_inputs(current))
+        if not inputs:
+            return False
+        todo += inputs - seen
+        seen |= inputs
+    return True
 
 
 def is_written(node: fx.Node) -> bool:
     """True where an operator writes to the node's memory, through a view of it too: a buffer that holds state."""
     touching = (u for u in node.users if u.args and u.args[0] is node)
     return any(mutates(u) or (is_view(u) and is_written(u)) for u in touching)
+
+
+def _varies(val: Any) -> bool:
+    """True for a symbolic size, which only an input can have: a short cut past all that is before the node."""
+    if isinstance(val, torch.Tensor):
+        return any(isinstance(size, torch.SymInt) for size in val.shape)
+    return isinstance(val, torch.SymInt)
 
 
 def _draws(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ leaf gets, so that a difference is that leaf's alone and no rounding of an earli
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,7 @@ from qfx.errors import VerifyError
 from qfx.meta import info
 from qfx.passes.eliminate_dead_code import EliminateDeadCode
 from qfx.passes.lower import Lower
-from qfx.passes.reuse_memory import ReuseMemory
-from qfx.pipeline import Stage, run_pass, stage_of
+from qfx.pipeline import Pipeline, Stage, run_pass, stage_of
 from qfx.recipe import Recipe
 from qfx.targets import TARGETS, Leaf, Target, choose
 
@@ -48,9 +48,7 @@ def converted(
     target: str | Target = "auto",
 ) -> nn.Module:
     """``model`` quantized for ``target`` up to stage CONVERTED, not lowered; arguments as of ``quantize``."""
-    passes = default_pipeline(recipe, target)
-    for p in (Lower, ReuseMemory, EliminateDeadCode):
-        passes = passes.without(p.name)
+    passes = Pipeline(tuple(itertools.takewhile(lambda p: p.name != Lower.name, default_pipeline(recipe, target))))
     return quantize(
         model, example_inputs, calibration=calibration, recipe=recipe, target=target, pipeline=passes, verbose=False
     )

@@ -100,6 +100,13 @@ def test_constants(g: fx.Graph) -> None:
     assert not is_constant(call(g, aten.rand_like.default, w))
 
 
+def test_a_model_deeper_than_the_stack(g: fx.Graph) -> None:
+    data, constant = named(g)["x"], named(g)["w"]
+    for _ in range(2000):
+        data, constant = call(g, aten.relu.default, data), call(g, aten.relu.default, constant)
+    assert is_constant(constant) and not is_constant(data)
+
+
 @pytest.mark.parametrize("through", [None, aten.view.default, aten.select.int])
 def test_a_tensor_that_is_written_to_is_no_constant(g: fx.Graph, through: Any) -> None:
     w = named(g)["w"]

@@ -77,7 +77,8 @@ def memory(options: Options, *, names: Sequence[str] = ("resnet50", "bert_base")
 
 def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Resident bytes over what there was before, and the weights' bytes: the median of each."""
-    return {name: statistics.median(run[name] - (name != "weights") * run["before"] for run in runs) for name in runs[0]}
+    over = [{name: run[name] - run["before"] for name in run} | {"weights": run["weights"]} for run in runs]
+    return {name: statistics.median(run[name] for run in over) for name in over[0]}
 
 
 def _memory_figures(name: str, runs: Mapping[str, Mapping[str, float]]) -> Iterator[Figure]:

@@ -36,7 +36,8 @@ class Times:
         return statistics.median(theirs / mine for theirs, mine in pairs)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {self.ms(name):.4g} ms" for name in self.rounds)
+        """Medians, and the quietest round beside them: far apart, the machine was busy."""
+        return ", ".join(f"{name} {self.ms(name):.3g} ms (best {min(of):.3g})" for name, of in self.rounds.items())
 
 
 def take_turns(
