@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from qfx.errors import CalibrationError, QfxWarning
+from qfx.errors import CalibrationError, CaptureError, QfxWarning
 from qfx.examples import Example, calibration_call
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import add_notes, update_graph
-from qfx.operators import is_constant
+from qfx.operators import is_constant, mutates
 from qfx.pipeline import Stage
 from qfx.rewrite import evaluate
 
@@ -63,14 +64,14 @@ def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any],
     )
     _looks_like_test_data(data)
     samples, first = 0, None
+    writes = model not in graphs or any(mutates(n) for gm in graphs for n in gm.graph.nodes)
     try:
         for module in active:
             module.observing = True
         for number, item in enumerate(_with_bar(data)):
             call = calibration_call(item, example, number)
-            first = first or call
-            with torch.no_grad():
-                model(*call.args, **call.kwargs)
+            first = first or _copied(call)
+            _observe(model, _copied(call) if writes else call, number)
             samples += _rows(call)
     finally:
         for module in active:
@@ -91,6 +92,20 @@ def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any],
         for gm in graphs:
             add_notes(gm, "warning", [note])
     return samples, first
+
+
+def _copied(call: Example) -> Example:
+    """The call on copies of its tensors, for models that write to their inputs and loaders that reuse a buffer."""
+    return Example(*tree_map_only(Tensor, Tensor.clone, (call.args, dict(call.kwargs))))
+
+
+def _observe(model: nn.Module, call: Example, number: int) -> None:
+    try:
+        with torch.no_grad():
+            model(*call.args, **call.kwargs)
+    except CaptureError as error:
+        what = f"calibration item {number} is no call of the captured model: {error.what}"
+        raise CalibrationError(what, source=error.source, hint=error.hint) from error
 
 
 def _with_bar(data: Iterable[Any]) -> Iterator[Any]:

@@ -163,7 +163,7 @@ def test_an_exhausted_generator() -> None:
         ((3,), "has tensors at"),
         (((ROWS,),), "has tensors at"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_items_that_do_not_fit_are_named(item: Any, text: str) -> None:
     model = prepared()
@@ -260,7 +260,7 @@ class Split(Rows):
         (Split("train"), False),
         (TensorDataset(ROWS), False),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, bool) else type(value).__name__,
 )
 def test_held_out_data(dataset: Any, warns: bool) -> None:
     found = messages(prepared(), DataLoader(dataset, batch_size=16))
@@ -309,3 +309,18 @@ def test_four_bits_of_activation_calibrate_too() -> None:
     assert messages(model, BATCHES) == []
     assert {m.spec.bits for m in observers(model).values()} >= {3, 4, 8}
     assert IntType(4, False) in {m.spec.element for m in observers(model).values() if isinstance(m.spec, QuantSpec)}
+
+
+def test_a_model_that_writes_to_its_input_leaves_the_data_alone() -> None:
+    class Writer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.fc(x.relu_())
+            return out
+
+    data = [ROWS.clone(), ROWS.clone()]
+    qfx.quantize(Writer().eval(), ROWS[:1].clone(), calibration=data, target="reference", verbose=False)
+    assert all(torch.equal(d, ROWS) for d in data)
