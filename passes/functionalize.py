@@ -67,8 +67,8 @@ def plain_twin(node: fx.Node) -> Any:
     twin = getattr(getattr(torch.ops.aten, packet[:-1], None), overload, None)
     if twin is None:
         return None
-    same = [a.name for a in twin._schema.arguments] == [a.name for a in target._schema.arguments]
-    return twin if same else None
+    names = [[a.name for a in op._schema.arguments[1:]] for op in (twin, target)]  # the first is self here, input there
+    return twin if names[0] == names[1] else None
 
 
 def why_promoted(node: fx.Node, twin: Any) -> NoMatch | None:

@@ -45,6 +45,17 @@ def test_keeps_overload_and_keyword_arguments(net) -> None:
     assert add.target is torch.ops.aten.add.Tensor and add.kwargs == {"alpha": 3}
 
 
+def test_in_place_dropout_and_what_follows_it_become_integers(net) -> None:
+    model = net(
+        lambda self, x: self.b(self.dropout(self.a(x).relu_())),
+        a=nn.Linear(4, 4),
+        dropout=nn.Dropout(0.5, inplace=True),
+        b=nn.Linear(4, 2),
+    )
+    gm = run_passes(model, X, Functionalize(), Canonicalize())
+    assert [n.name for n in gm.graph.nodes if n.op == "call_function"] == ["linear", "relu_", "linear_1"]
+
+
 def view_is_read(self, x):
     y = x * 2
     y.view(-1).relu_()
