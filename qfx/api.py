@@ -18,6 +18,7 @@ from qfx.calling import codegen_of, flat_inputs
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.examples import Example, as_example
 from qfx.inference import GradientGuard, freeze, storages
+from qfx.memory import trim
 from qfx.meta import add_notes, graph_info, info
 from qfx.metrics import sqnr_db
 from qfx.node_table import Report, build_report, crossings, rows_before, tensor_bytes
@@ -88,6 +89,7 @@ def quantize(
     prepared = prepare(
         model, example_inputs, recipe=recipe, target=target, pipeline=pipeline, dynamic_shapes=dynamic_shapes
     )
+    trim(collect=inplace)  # what capture left behind
     data = calibration
     if data is None:
         data = [example_inputs]
@@ -148,7 +150,9 @@ def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
     with undisturbed():
         for gm in all_graphs:
             calibration_.observe_weights(gm)
+        trim()
         _, first = calibration_.run(prepared, all_graphs, data, plan.example)
+    trim()
     setattr(prepared, _PLAN, dataclasses.replace(plan, first_call=first))
     return prepared
 
@@ -310,7 +314,7 @@ def _convert_graph(
     rows = rows_before(gm)
     groups = len({info(n).group for n in gm.graph.nodes} - {""})
     noise = measure(gm, inputs)
-    plan.behind.run(gm)
+    plan.behind.run(gm, hook=None if foreign else lambda *_: trim())  # give back layer by layer what nobody shares
     made = build_report(
         plan.model,
         rows,

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 # Place a new module here. A package stands for all that is in it, unless a module of it is named itself.
 LAYERS: dict[str, tuple[str, ...]] = {
     "values": ("affine", "errors", "metrics", "spec"),
-    "numerics": ("cpu", "fake_quant", "jit", "kernels", "observers", "ops"),
+    "numerics": ("cpu", "fake_quant", "jit", "kernels", "memory", "observers", "ops"),
     "graphs": (
         "allocation",
         "attempt",
