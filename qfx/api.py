@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from qfx.calling import codegen_of, flat_inputs
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.examples import Example, as_example
 from qfx.inference import GradientGuard, freeze, storages
-from qfx.memory import trim
+from qfx.memory import returned_at_once, trim
 from qfx.meta import add_notes, graph_info, info
 from qfx.metrics import sqnr_db
 from qfx.node_table import Report, build_report, crossings, rows_before, tensor_bytes
@@ -86,17 +87,17 @@ def quantize(
     Raises:
         CaptureError, ConfigError, CalibrationError, UnsupportedError: see :mod:`qfx.errors`; the model is unharmed.
     """
-    prepared = prepare(
-        model, example_inputs, recipe=recipe, target=target, pipeline=pipeline, dynamic_shapes=dynamic_shapes
-    )
-    trim(collect=inplace)  # what capture left behind
-    data = calibration
-    if data is None:
-        data = [example_inputs]
-    calibrate(prepared, data)
-    if inplace:
-        _release(model)
-    return _convert(prepared, foreign=frozenset() if inplace else storages(prepared), verbose=verbose)
+    data = [example_inputs] if calibration is None else calibration
+    with returned_at_once() if inplace else nullcontext():
+        trim(collect=inplace)
+        prepared = prepare(
+            model, example_inputs, recipe=recipe, target=target, pipeline=pipeline, dynamic_shapes=dynamic_shapes
+        )
+        trim(collect=inplace)  # what capture left behind
+        calibrate(prepared, data)
+        if inplace:
+            _release(model)
+        return _convert(prepared, foreign=frozenset() if inplace else storages(prepared), verbose=verbose)
 
 
 def default_pipeline(recipe: str | Recipe = "int8", target: str | Target = "auto") -> Pipeline:

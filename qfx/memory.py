@@ -5,16 +5,39 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h
+_SMALL, _LARGE = 2**18, 2**25  # 32 MiB is where glibc's own adaptation ends
 
 
 @functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's ``malloc_trim``, or None where the C library has none."""
+def _glibc(name: str) -> Callable[..., int] | None:
+    """The function of the C library, or None where it has none."""
     try:
-        return ctypes.CDLL(None).malloc_trim
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError):
         return None
+    return found
+
+
+@contextmanager
+def returned_at_once() -> Iterator[None]:
+    """Let every large tensor go back to the system when it is freed, instead of into the allocator's store.
+
+    Afterwards the threshold is where glibc's adaptation takes it in any process that frees large tensors.
+    """
+    adjust = _glibc("mallopt")
+    if adjust is None:
+        yield
+        return
+    adjust(_MMAP_THRESHOLD, _SMALL)
+    try:
+        yield
+    finally:
+        adjust(_MMAP_THRESHOLD, _LARGE)
+        adjust(_TRIM_THRESHOLD, 2 * _LARGE)
 
 
 def trim(*, collect: bool = False) -> None:
@@ -25,6 +48,6 @@ def trim(*, collect: bool = False) -> None:
     """
     if collect:
         gc.collect()
-    release = _malloc_trim()
+    release = _glibc("malloc_trim")
     if release is not None:
         release(0)

@@ -19,8 +19,11 @@ def sqnr_db(reference: Tensor, actual: Tensor) -> float:
     Raises:
         ConfigError: the shapes differ.
     """
-    x, y = _pair(reference, actual)
-    signal, noise = float(torch.linalg.vector_norm(x)), float(torch.linalg.vector_norm(x - y))
+    if reference.dtype == actual.dtype == torch.float32 and reference.shape == actual.shape:
+        x, y = reference.detach(), actual.detach()  # a difference of neighbours is exact: no float64 copies are needed
+    else:
+        x, y = _pair(reference, actual)
+    signal, noise = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (x, x - y))
     if noise == 0.0:
         return math.inf
     if math.isnan(noise):

@@ -56,8 +56,11 @@ class _Lockstep(fx.Interpreter):
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         if isinstance(module, FakeQuantize):
             return _Pair(sides[0][0][0], _rounded(module, sides[1][0][0]))
+        if n.op == "call_function" and is_constant(n):  # one value for both: a second copy of a weight is a lot
+            constant = self.call_function(n.target, *sides[0])
+            return _Pair(constant, constant)
         result = _Pair(*(getattr(self, n.op)(n.target, *side) for side in sides))
-        if isinstance(result.float_, Tensor) and result.float_.is_floating_point() and not is_constant(n):
+        if isinstance(result.float_, Tensor) and result.float_.is_floating_point():
             self.by_node[n.name] = sqnr_db(result.float_, result.quantized)
         return result
 
