@@ -315,6 +315,7 @@ def _convert_graph(
     rows = rows_before(gm)
     groups = len({info(n).group for n in gm.graph.nodes} - {""})
     noise = measure(gm, inputs)
+    trim()
     plan.behind.run(gm, hook=None if foreign else lambda *_: trim())  # give back layer by layer what nobody shares
     made = build_report(
         plan.model,
