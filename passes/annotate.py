@@ -45,9 +45,9 @@ from qfx.operators import (
     tensor_inputs,
 )
 from qfx.origin import module_classes, source_line
-from qfx.pipeline import Stage
 from qfx.recipe import QuantRule, Recipe, Subject
 from qfx.spec import DerivedSpec, PerAxis, QConfig, QuantSpec, SharedSpec, Spec
+from qfx.stage import Stage
 from qfx.targets import TARGETS, Target
 
 

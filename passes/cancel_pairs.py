@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 from torch import fx
 
 from qfx.ops import dequantize, quantize
-from qfx.pipeline import Stage
 from qfx.rewrite import erase_dead
+from qfx.stage import Stage
 
 
 @dataclass(frozen=True)

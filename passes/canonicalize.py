@@ -32,8 +32,8 @@ from qfx.operators import argument, is_constant, is_written, name_of
 from qfx.origin import layer_path
 from qfx.patterns import Match, NoMatch, Rule, op
 from qfx.patterns import apply as apply_rules
-from qfx.pipeline import Stage
 from qfx.rewrite import erase_dead, insert_call
+from qfx.stage import Stage
 
 aten = torch.ops.aten
 

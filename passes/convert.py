@@ -33,9 +33,9 @@ from qfx.fake_quant import FakeQuantize
 from qfx.operators import argument, lookup, tensor_inputs
 from qfx.ops import choose_qparams, dequantize, quantize
 from qfx.passes.annotate import specs
-from qfx.pipeline import Stage
 from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call, insert_get, replace_all
 from qfx.spec import DerivedSpec, QuantSpec, Scheme
+from qfx.stage import Stage
 
 LARGEST_BIAS = 2.0**30
 

@@ -21,7 +21,7 @@ from torch import fx
 
 from qfx.attributes import drop_unused
 from qfx.operators import mutates
-from qfx.pipeline import Stage
+from qfx.stage import Stage
 
 
 @dataclass(frozen=True)

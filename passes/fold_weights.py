@@ -26,8 +26,8 @@ from qfx.errors import QfxWarning
 from qfx.meta import add_notes
 from qfx.operators import is_constant, tensor_inputs
 from qfx.ops import pack, quantize, storage_bits, unpack_op
-from qfx.pipeline import Stage
 from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call
+from qfx.stage import Stage
 
 
 @dataclass(frozen=True)

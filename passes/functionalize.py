@@ -26,8 +26,8 @@ from torch import fx
 from qfx.meta import add_notes, value
 from qfx.operators import is_view
 from qfx.patterns import NoMatch
-from qfx.pipeline import Stage
 from qfx.rewrite import propagate
+from qfx.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from qfx.operators import argument, is_constant, name_of
 from qfx.passes import batch_norm
 from qfx.patterns import Match, NoMatch, Rule, op, second_user
 from qfx.patterns import apply as apply_rules
-from qfx.pipeline import Stage
 from qfx.rewrite import erase_dead, evaluate
+from qfx.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from qfx.operators import argument, is_constant, lookup
 from qfx.passes import batch_norm
 from qfx.patterns import Match, NoMatch, Rule, op, second_user
 from qfx.patterns import apply as apply_rules
-from qfx.pipeline import Stage
 from qfx.rewrite import erase_dead, evaluate
+from qfx.stage import Stage
 
 CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
 

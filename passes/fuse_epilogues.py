@@ -29,7 +29,7 @@ from qfx.operators import argument
 from qfx.passes.fuse_conv_bn import CONVOLUTIONS
 from qfx.patterns import Match, NoMatch, Pattern, Rule, op, second_user
 from qfx.patterns import apply as apply_rules
-from qfx.pipeline import Stage
+from qfx.stage import Stage
 
 ACTIVATIONS = "relu hardtanh hardswish silu gelu leaky_relu hardsigmoid sigmoid clamp"
 

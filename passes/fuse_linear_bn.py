@@ -25,7 +25,7 @@ from qfx.meta import value
 from qfx.passes import batch_norm, fuse_conv_bn
 from qfx.patterns import Match, NoMatch, Rule, op
 from qfx.patterns import apply as apply_rules
-from qfx.pipeline import Stage
+from qfx.stage import Stage
 
 
 @dataclass(frozen=True)

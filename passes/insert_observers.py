@@ -29,8 +29,8 @@ from qfx.attributes import set_module
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import describe, info, value
 from qfx.operators import is_constant, tensor_inputs
-from qfx.pipeline import Stage
 from qfx.spec import FixedSpec, QuantSpec
+from qfx.stage import Stage
 
 
 @dataclass(frozen=True)

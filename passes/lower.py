@@ -36,8 +36,8 @@ from qfx.ops import choose_qparams, dequantize, quantize, unpack_op
 from qfx.passes.cancel_pairs import parameters
 from qfx.passes.fuse_epilogues import ACTIVATIONS
 from qfx.patterns import NoMatch
-from qfx.pipeline import Stage
 from qfx.rewrite import erase_dead, evaluate
+from qfx.stage import Stage
 from qfx.targets import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams, Slot, Step, Target
 
 aten = torch.ops.aten

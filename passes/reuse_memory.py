@@ -27,7 +27,7 @@ from torch import fx
 
 from qfx.meta import value
 from qfx.ops import quantize
-from qfx.pipeline import Stage
+from qfx.stage import Stage
 from qfx.targets import Leaf
 from qfx.verify import leaf_of, read_again
 

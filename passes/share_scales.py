@@ -23,8 +23,8 @@ from torch import fx
 
 from qfx.meta import info, update
 from qfx.operators import activations, tensor_inputs
-from qfx.pipeline import Stage
 from qfx.spec import QuantSpec, SharedSpec
+from qfx.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from qfx.errors import (
     VerifyError,
 )
 from qfx.node_table import Report
-from qfx.pipeline import Pipeline, Stage
+from qfx.pipeline import Pipeline
 from qfx.recipe import QuantRule, Recipe
 from qfx.spec import IntType, PerAxis, PerGroup, PerTensor, PerToken, QConfig, QuantSpec, Scheme
+from qfx.stage import Stage
 
 __version__ = "0.1.0"
 

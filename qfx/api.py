@@ -25,10 +25,11 @@ from qfx.metrics import sqnr_db
 from qfx.node_table import Report, build_report, crossings, rows_before, tensor_bytes
 from qfx.noise import measure
 from qfx.passes import ptq_pipeline
-from qfx.pipeline import Pipeline, Stage, stage_of
+from qfx.pipeline import Pipeline
 from qfx.recipe import Recipe
 from qfx.regions import Regions, capture_regions
 from qfx.shadow import undisturbed
+from qfx.stage import Stage, stage_of
 from qfx.targets import Leaf, Target, choose
 
 log = logging.getLogger(__name__)

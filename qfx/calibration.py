@@ -18,8 +18,8 @@ from qfx.examples import Example, calibration_call
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import add_notes, update_graph
 from qfx.operators import is_constant, mutates
-from qfx.pipeline import Stage
 from qfx.rewrite import evaluate
+from qfx.stage import Stage
 
 log = logging.getLogger(__name__)
 

@@ -52,7 +52,7 @@ NODE_INFO_FIELDS = frozenset(f.name for f in fields(NodeInfo))
 class GraphInfo:
     """What is known of a graph: how far it is compiled, and what is to be told about it.
 
-    ``stage`` is a :class:`qfx.pipeline.Stage`'s name. ``notes``: ``(topic, text)`` pairs for the report, such as near
+    ``stage`` is a :class:`qfx.stage.Stage`'s name. ``notes``: ``(topic, text)`` pairs for the report, such as near
     misses of a fusion or what capture had to give up.
     """
 

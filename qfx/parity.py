@@ -19,8 +19,9 @@ from qfx.errors import VerifyError
 from qfx.meta import info
 from qfx.passes.eliminate_dead_code import EliminateDeadCode
 from qfx.passes.lower import Lower
-from qfx.pipeline import Pipeline, Stage, run_pass, stage_of
+from qfx.pipeline import Pipeline, run_pass
 from qfx.recipe import Recipe
+from qfx.stage import Stage, stage_of
 from qfx.targets import TARGETS, Leaf, Target, choose
 
 

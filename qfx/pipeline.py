@@ -1,4 +1,4 @@
-"""Stages, passes, and the pipeline that runs them in order and holds each to its contract."""
+"""Passes, and the pipeline that runs them in order and holds each to its contract."""
 
 from __future__ import annotations
 
@@ -7,28 +7,16 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import fx
 
 from qfx.errors import ConfigError, PassError, QfxError, VerifyError
-from qfx.meta import NODE_INFO_FIELDS, NodeInfo, graph_info, info, update_graph
+from qfx.meta import NODE_INFO_FIELDS, NodeInfo, info, update_graph
+from qfx.stage import Stage, stage_of
+from qfx.verify import verify
 
 log = logging.getLogger(__name__)
-
-
-class Stage(IntEnum):
-    """How far a graph is compiled; what each promises is written, as code, in :mod:`qfx.verify`."""
-
-    CAPTURED = 0
-    CANONICAL = 1
-    FUSED = 2
-    ANNOTATED = 3
-    PREPARED = 4
-    CALIBRATED = 5
-    CONVERTED = 6
-    LOWERED = 7
 
 
 @runtime_checkable
@@ -48,12 +36,6 @@ class Pass(Protocol):
 
 Hook = Callable[[Pass | None, fx.GraphModule, Pass | None], None]
 """Called before the first pass, between passes and after the last with ``(previous, gm, next)``."""
-
-
-def stage_of(gm: fx.GraphModule) -> Stage:
-    """The stage recorded on the graph; CAPTURED where none is."""
-    name = graph_info(gm).stage
-    return Stage[name] if name else Stage.CAPTURED
 
 
 def check_mode() -> bool:
@@ -166,8 +148,6 @@ def _snapshot(gm: fx.GraphModule) -> tuple[str, dict[fx.Node, NodeInfo]]:
 
 
 def _check_contract(p: Pass, gm: fx.GraphModule, count: int, before: tuple[str, dict[fx.Node, NodeInfo]]) -> None:
-    from qfx.verify import verify  # verify reads stages from here
-
     text, infos = before
     if count == 0 and str(gm.graph) != text:
         raise PassError(f"pass {p.name!r} returned 0 but changed the graph", hint="return the number of rewrites")

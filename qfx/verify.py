@@ -16,9 +16,9 @@ from qfx.fake_quant import FakeQuantize
 from qfx.meta import info, value
 from qfx.operators import Kind, is_constant, lookup, mutates, name_of, tensor_inputs
 from qfx.ops import dequantize, quantize
-from qfx.pipeline import Stage
 from qfx.printer import show_node
 from qfx.spec import QuantSpec
+from qfx.stage import Stage
 from qfx.targets import Leaf
 
 Finding = tuple[fx.Node, str]

@@ -13,8 +13,9 @@ from torch import fx
 from qfx.errors import ConfigError, PassError, VerifyError
 from qfx.meta import graph_info, update, update_graph
 from qfx.passes import ptq_pipeline
-from qfx.pipeline import Pass, Pipeline, Stage, run_pass, stage_of
+from qfx.pipeline import Pass, Pipeline, run_pass
 from qfx.recipe import Recipe
+from qfx.stage import Stage, stage_of
 from qfx.targets import Reference
 
 Action = Callable[[fx.GraphModule], int]

@@ -25,8 +25,8 @@ from qfx.capture import TrainingModeWarning
 from qfx.metrics import sqnr_db
 from qfx.models import MODELS_SMALL
 from qfx.ops import dequantize
-from qfx.pipeline import Stage, stage_of
 from qfx.printer import show
+from qfx.stage import Stage, stage_of
 from qfx.targets import TARGETS
 
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.QfxWarning")

@@ -24,8 +24,9 @@ from qfx.fake_quant import FakeQuantize
 from qfx.meta import info
 from qfx.metrics import sqnr_db
 from qfx.ops import dequantize, quantize
-from qfx.pipeline import Stage, run_pass, stage_of
+from qfx.pipeline import run_pass
 from qfx.spec import UINT8, IntType
+from qfx.stage import Stage, stage_of
 from qfx.targets import TARGETS, Leaf
 
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.QfxWarning")

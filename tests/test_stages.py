@@ -18,7 +18,8 @@ from qfx.fake_quant import FakeQuantize
 from qfx.meta import NodeInfo, info, update
 from qfx.models import MODELS_SMALL
 from qfx.ops import dequantize, quantize
-from qfx.pipeline import Stage, check_mode, run_pass, stage_of
+from qfx.pipeline import check_mode, run_pass
+from qfx.stage import Stage, stage_of
 from qfx.targets import TARGETS, Leaf
 from qfx.verify import verify
 

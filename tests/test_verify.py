@@ -12,8 +12,8 @@ from qfx.errors import VerifyError
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import set_value, update
 from qfx.ops import dequantize, quantize
-from qfx.pipeline import Stage
 from qfx.spec import INT8, UINT8, QuantSpec
+from qfx.stage import Stage
 from qfx.targets import Leaf
 from qfx.verify import TABLE, verify
 

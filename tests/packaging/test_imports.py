@@ -51,6 +51,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "scores",
         "shadow",
         "shapes",
+        "stage",
         "structure",
         "subject",
         "targets",

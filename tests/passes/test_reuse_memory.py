@@ -13,7 +13,7 @@ import qfx
 from qfx.errors import VerifyError
 from qfx.meta import update_graph
 from qfx.ops import quantize
-from qfx.pipeline import Stage
+from qfx.stage import Stage
 from qfx.targets import TARGETS, Leaf
 from qfx.verify import leaf_of, verify
 
