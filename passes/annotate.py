@@ -165,7 +165,7 @@ class Plan:
         if row.kind is Kind.ANCHOR:
             if self._static(node):
                 self._offer_group(node)
-        elif self._group_of(node) is None:
+        elif self.groups.get(node) is None:
             source = self._float_source(node)
             if source is None:
                 self.offers.add(node)
@@ -232,9 +232,6 @@ class Plan:
             self.groups[member] = members
         self.offers.add(members[-1])
 
-    def _group_of(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
-        return self.groups.get(node)
-
     def _static(self, node: fx.Node) -> bool:
         activation = self.qconfigs[node].activation
         return activation is not None and not activation.dynamic
@@ -252,7 +249,7 @@ class Plan:
             return
         row, qconfig = lookup(node), self.qconfigs[node]
         assert row is not None
-        group = self._group_of(node)
+        group = self.groups.get(node)
         if row.kind is Kind.ANCHOR:
             for i in activations(node):
                 if qconfig.activation is not None:
@@ -317,7 +314,7 @@ class Plan:
         """Put what was found on the node."""
         inputs = self.inputs.get(node, {})
         weight = self.qconfigs[node].weight if node in self.qconfigs and inputs else None
-        group = self._group_of(node)
+        group = self.groups.get(node)
         update(
             node,
             inputs=tuple(inputs.get(i) for i in range(len(tensor_inputs(node)))) if inputs else (),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from qfx.attributes import free_path
-from qfx.operators import argument, is_constant, tensor_inputs
+from qfx.operators import argument, is_constant
 from qfx.patterns import NoMatch
-from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call
+from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call, root_of
 
 NAMES = "batch_norm _native_batch_norm_legit_no_training"
 
@@ -55,7 +55,7 @@ def absorb(gm: fx.GraphModule, compute: fx.Node, factor: Tensor, bias: Tensor) -
     weight = compute.args[1]
     assert isinstance(weight, fx.Node)
     old_bias = argument(compute, 2, "bias")
-    root = _root(weight)
+    root = root_of(weight)
     dtype = evaluate(gm, root).dtype
     base = str(root.target).rpartition(".")[0]
     prefix = f"{base}." if base else f"{compute.name}_"
@@ -67,9 +67,3 @@ def absorb(gm: fx.GraphModule, compute: fx.Node, factor: Tensor, bias: Tensor) -
     compute.args = (compute.args[0], scaled, new_bias, *compute.args[3:])
     if isinstance(old_bias, fx.Node):
         erase_dead(gm, old_bias)
-
-
-def _root(weight: fx.Node) -> fx.Node:
-    while weight.op != "get_attr":
-        weight = tensor_inputs(weight)[0]
-    return weight

@@ -26,7 +26,7 @@ from qfx.errors import QfxWarning
 from qfx.meta import add_notes
 from qfx.operators import is_constant, tensor_inputs
 from qfx.ops import pack, quantize, storage_bits, unpack_op
-from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call
+from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call, root_of
 from qfx.stage import Stage
 
 
@@ -50,7 +50,7 @@ class FoldWeights:
 
 def _fold_product(gm: fx.GraphModule, node: fx.Node) -> None:
     """Multiply out a batch norm's factor where the layer stays float."""
-    root = _root(tensor_inputs(node)[0])
+    root = root_of(tensor_inputs(node)[0])
     with gm.graph.inserting_before(node):
         product = evaluate(gm, node)
         new = insert_buffer(gm, free_path(gm, f"{root.target}_folded"), product, like=node)
@@ -61,10 +61,12 @@ def _fold_product(gm: fx.GraphModule, node: fx.Node) -> None:
 def _fold(gm: fx.GraphModule, node: fx.Node) -> None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    integers: Tensor = evaluate(gm, node)
-    root = _root(source)
+    weight: Tensor = evaluate(gm, source)
+    integers: Tensor = quantize(weight, *fx.map_arg(node.args[1:], lambda n: evaluate(gm, n)))
+    root = root_of(source)
     base = str(root.target)
-    _warn_zero_filters(gm, evaluate(gm, source), integers, node, base)
+    _warn_zero_filters(gm, weight, integers, node, base)
+    del weight  # the float copy goes before its integers are stored
     with gm.graph.inserting_before(node):
         new = _store(gm, base, integers, _bits(node), replacing=_only_reader(gm, node, base), like=node)
     node.replace_all_uses_with(new)
@@ -92,13 +94,6 @@ def _warn_zero_filters(gm: fx.GraphModule, weight: Tensor, integers: Tensor, nod
         add_notes(gm, "warning", [text])
         way_out = "their weights are tiny beside the others. Use scales per channel or more bits."
         warnings.warn(ZeroFilterWarning(f"{text}: {way_out}"), stacklevel=2)
-
-
-def _root(source: fx.Node) -> fx.Node:
-    """The parameter behind reshapes of it and products with it, for its name."""
-    while source.op != "get_attr":
-        source = tensor_inputs(source)[0]
-    return source
 
 
 def _readers(gm: fx.GraphModule, path: str) -> list[fx.Node]:

@@ -68,6 +68,13 @@ def evaluate(gm: fx.GraphModule, node: fx.Node) -> Any:
         return node.target(*args, **kwargs)
 
 
+def root_of(constant: fx.Node) -> fx.Node:
+    """The ``get_attr`` behind reshapes of a weight and products with it, for its name."""
+    while constant.op != "get_attr":
+        constant = tensor_inputs(constant)[0]
+    return constant
+
+
 def erase_dead(gm: fx.GraphModule, *nodes: fx.Node) -> None:
     """Erase ``nodes`` where nobody reads them, and what only they read; what writes to a tensor stays."""
     todo = list(nodes)
