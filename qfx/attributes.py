@@ -37,14 +37,6 @@ def set_buffer(gm: nn.Module, path: str, tensor: Tensor) -> None:
     owner.register_buffer(name, tensor.detach())
 
 
-def set_parameter(gm: nn.Module, path: str, tensor: Tensor, *, requires_grad: bool) -> None:
-    """Register ``tensor`` as a parameter at ``path``, in place of what is there."""
-    owner, name = _owner(gm, path)
-    for table in (owner._parameters, owner._buffers):
-        table.pop(name, None)
-    owner.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=requires_grad))
-
-
 def set_module(gm: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` at ``path``; a container there hands on what it holds under other names."""
     owner, name = _owner(gm, path)

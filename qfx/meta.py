@@ -7,8 +7,7 @@ kept here, since pickle drops ``node.meta``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -60,7 +59,6 @@ class GraphInfo:
     recipe: str = ""
     target: str = ""
     notes: tuple[tuple[str, str], ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def info(node: fx.Node) -> NodeInfo:
