@@ -65,7 +65,7 @@ class Annotate:
     def run(self, gm: fx.GraphModule) -> int:
         subjects = {n: subject(n) for n in gm.graph.nodes if n.op == "call_function"}
         check_rules(self.recipe, subjects)
-        plan = Plan(self.recipe, self.target, subjects, written_in_place(gm))
+        plan = Plan(self.recipe, self.target, subjects, written_in_place(gm), ends_of(gm))
         for node in gm.graph.nodes:
             plan.offer(node)
         for node in reversed(gm.graph.nodes):
@@ -89,6 +89,21 @@ def written_in_place(gm: fx.GraphModule) -> set[fx.Node]:
             aliases.add_edge(node, tensor_inputs(node)[0])
     written = [n for n in gm.graph.nodes if mutates(n) and n in aliases]
     return {n for root in written for n in nx.node_connected_component(aliases, root)}
+
+
+def ends_of(gm: fx.GraphModule) -> set[fx.Node]:
+    """The layers with weights that have no other such layer before them, or none behind."""
+    layers = [n for n in gm.graph.nodes if (row := lookup(n)) is not None and row.weight is not None]
+    behind: set[fx.Node] = set()
+    before: set[fx.Node] = set()
+    known = set(layers)
+    for node in gm.graph.nodes:
+        if any(n in known or n in behind for n in tensor_inputs(node)):
+            behind.add(node)
+    for node in reversed(gm.graph.nodes):
+        if any(n in known or n in before for n in node.users):
+            before.add(node)
+    return {n for n in layers if n not in behind or n not in before}
 
 
 # --- is the recipe meant? ---------------------------------------------------------------------------------------------
@@ -143,6 +158,7 @@ class Plan:
     target: Target
     subjects: dict[fx.Node, Subject]
     written: set[fx.Node]
+    ends: set[fx.Node]
     qconfigs: dict[fx.Node, QConfig] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
     offers: set[fx.Node] = field(default_factory=set)
@@ -190,7 +206,7 @@ class Plan:
             return row.reason
         if node in self.written or any(n in self.written for n in tensor_inputs(node)):
             return "an in-place operator changes its tensor later on"
-        qconfig, why = self.recipe.resolve(self.subjects[node])
+        qconfig, why = self.recipe.resolve(self.subjects[node], end=node in self.ends)
         if qconfig is None:
             return why
         refusal = self._why_unfit(node, row, qconfig)
@@ -256,10 +272,10 @@ class Plan:
                     self._ask(node, i, qconfig.activation)
             self._constants(node, row, qconfig)
         elif group is not None and group[0] is not node:
-            anchor = self.qconfigs[group[0]]
+            own = (self.qconfigs[node] if node in self.qconfigs else self.qconfigs[group[0]]).activation
             for i in activations(node):
-                if tensor_inputs(node)[i] not in group and group[-1] in self.demands and anchor.activation is not None:
-                    self._ask(node, i, anchor.activation)
+                if tensor_inputs(node)[i] not in group and group[-1] in self.demands and own is not None:
+                    self._ask(node, i, own)
             self.reasons[node] = f"runs inside the kernel of {group[0].name}"
         elif node in self.offers and node in self.demands:
             wanted = _widest(self.demands[node]) if row.kind is Kind.SHARE else qconfig.activation

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from qfx.attributes import free_path
-from qfx.operators import argument, is_constant
+from qfx.meta import value
+from qfx.operators import argument, is_constant, lookup
 from qfx.patterns import NoMatch
 from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call, root_of
 
@@ -39,11 +40,23 @@ def affine_map(gm: fx.GraphModule, node: fx.Node) -> AffineMap:
     """Ioffe & Szegedy, 2015: ``(x - mean) / sqrt(var + eps) * gamma + beta`` as one scale and one shift."""
     gamma, beta, mean, var = (evaluate(gm, c).double() if isinstance(c, fx.Node) else None for c in node.args[1:5])
     assert mean is not None and var is not None
-    eps = argument(node, 7, "eps", 1e-5)
+    return affine_of(mean, var, gamma, beta, argument(node, 7, "eps", 1e-5))
+
+
+def affine_of(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> AffineMap:
+    """The map of these constants, each float64 ``[C]``."""
     scale = torch.rsqrt(var + eps)
     scale = scale if gamma is None else scale * gamma
     shift = -mean * scale
     return AffineMap(scale, shift if beta is None else shift + beta)
+
+
+def channels(compute: fx.Node) -> tuple[tuple[int, ...], int, int]:
+    """The weight's shape, which of its axes is the output channels, and the groups: see ``channel_factor``."""
+    row, weight = lookup(compute), compute.args[1]
+    assert row is not None and isinstance(weight, fx.Node)
+    groups = argument(compute, 6, "groups", 1) if row.channel_axis == 1 else 1
+    return tuple(value(weight).shape), row.channel_axis, groups
 
 
 def absorb(gm: fx.GraphModule, compute: fx.Node, factor: Tensor, bias: Tensor) -> None:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from qfx.meta import describe, set_value, update, value
+from qfx.meta import describe, info, set_value, update, value
 from qfx.operators import argument, is_constant, is_written, name_of
 from qfx.origin import layer_path
 from qfx.patterns import Match, NoMatch, Rule, op
@@ -82,6 +82,8 @@ def _inactive(match: Match) -> NoMatch | None:
 def _same_dtype(match: Match) -> NoMatch | None:
     node, source = match["copy"], match["copy"].args[0]
     assert isinstance(source, fx.Node)
+    if info(node).mark is not None:
+        return NoMatch("it does something in training", node)
     before, after = value(source), value(node)
     if before is None or after is None or (before.dtype, before.device) != (after.dtype, after.device):
         return NoMatch("it changes dtype or device", node)

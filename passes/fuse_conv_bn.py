@@ -11,6 +11,7 @@ After::
     %conv = conv2d(%x, %scaled, @bias_folded, ...)
 
 Covers conv1d, conv2d, conv3d and their transposes, grouped or depthwise, with and without bias.
+In training the node is marked with the batch norm that it absorbed, which ``follow-training`` brings back.
 Declines when the convolution has a second reader, when its weight or bias is computed from inputs, and when the batch
 norm normalises by the batch's own statistics or has no running ones.
 Method: Jacob et al., 2018 (arXiv:1712.05877), section 3.2.
@@ -18,18 +19,20 @@ Method: Jacob et al., 2018 (arXiv:1712.05877), section 3.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
 
-from qfx.meta import value
-from qfx.operators import argument, is_constant, lookup
+from qfx.meta import info, update
+from qfx.operators import argument, is_constant
 from qfx.passes import batch_norm
 from qfx.patterns import Match, NoMatch, Rule, op, second_user
 from qfx.patterns import apply as apply_rules
 from qfx.rewrite import erase_dead, evaluate
 from qfx.stage import Stage
+from qfx.training import BatchNormMark
+from qfx.training_modules import channel_factor
 
 CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
 
@@ -40,7 +43,7 @@ class FuseConvBn:
 
     name: ClassVar[str] = "fuse-conv-bn"
     stage: ClassVar[tuple[Stage, Stage]] = (Stage.CANONICAL, Stage.CANONICAL)
-    writes: ClassVar[frozenset[str]] = frozenset()
+    writes: ClassVar[frozenset[str]] = frozenset({"mark"})
 
     def run(self, gm: fx.GraphModule) -> int:
         return apply_rules(RULES, gm, notes="not fused").rewrites
@@ -54,26 +57,20 @@ def check(match: Match) -> NoMatch | None:
         return NoMatch("its weight is computed from inputs", compute)
     if bias is not None and not is_constant(bias):
         return NoMatch("its bias is computed from inputs", compute)
+    if info(bn).mark is not None and bias is not None and bias.op != "get_attr":
+        return NoMatch("its bias is computed, so that training could not change it", compute)
     return second_user(compute, bn) or batch_norm.why_not_affine(bn)
 
 
 def fold(gm: fx.GraphModule, match: Match) -> None:
     """Scale the weight's output channels, move the shift into the bias, and drop the batch norm."""
     compute, bn = match["compute"], match["bn"]
-    weight, bias = compute.args[1], argument(compute, 2, "bias")
-    assert isinstance(weight, fx.Node)
-    affine, row = batch_norm.affine_map(gm, bn), lookup(compute)
-    assert row is not None
-    shape = value(weight).shape
-    ones = [1] * (len(shape) - 2)
-    if row.channel_axis == 1:  # [in, out / groups, ...]: every group has output channels of its own
-        groups = argument(compute, 6, "groups", 1)
-        by_group = affine.scale.reshape(groups, 1, -1)
-        per_input = by_group if groups == 1 else by_group.expand(groups, shape[0] // groups, -1)
-        factor = per_input.reshape(-1, shape[1], *ones)
-    else:
-        factor = affine.scale.reshape(-1, 1, *ones)
+    bias, mark = argument(compute, 2, "bias"), info(bn).mark
+    affine = batch_norm.affine_map(gm, bn)
+    factor = channel_factor(affine.scale, *batch_norm.channels(compute))
     shift = affine.shift if bias is None else affine.shift + evaluate(gm, bias).double() * affine.scale
+    if isinstance(mark, BatchNormMark):
+        update(compute, mark=replace(mark, bias=str(bias.target) if isinstance(bias, fx.Node) else None))
     batch_norm.absorb(gm, compute, factor, shift)
     bn.replace_all_uses_with(compute)
     erase_dead(gm, bn)

@@ -34,7 +34,7 @@ class FuseLinearBn:
 
     name: ClassVar[str] = "fuse-linear-bn"
     stage: ClassVar[tuple[Stage, Stage]] = (Stage.CANONICAL, Stage.CANONICAL)
-    writes: ClassVar[frozenset[str]] = frozenset()
+    writes: ClassVar[frozenset[str]] = frozenset({"mark"})
 
     def run(self, gm: fx.GraphModule) -> int:
         return apply_rules(RULES, gm, notes="not fused").rewrites

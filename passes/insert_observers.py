@@ -25,17 +25,24 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qfx.attributes import set_module
+from qfx import affine
+from qfx.attributes import free_path, set_module
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import describe, info, value
 from qfx.operators import is_constant, tensor_inputs
 from qfx.spec import FixedSpec, QuantSpec
 from qfx.stage import Stage
+from qfx.trained_fake_quant import TrainedFakeQuantize
 
 
 @dataclass(frozen=True)
 class InsertObservers:
-    """Inserts ``fake_quant.<group>`` modules; several specs of one value get modules of their own."""
+    """Inserts ``fake_quant.<group>`` modules; several specs of one value get modules of their own.
+
+    ``training``: the modules are those of quantization-aware training.
+    """
+
+    training: bool = False
 
     name: ClassVar[str] = "insert-observers"
     stage: ClassVar[tuple[Stage, Stage]] = (Stage.ANNOTATED, Stage.PREPARED)
@@ -45,18 +52,31 @@ class InsertObservers:
         edges = wanted_edges(gm)
         modules: dict[tuple[str, QuantSpec | FixedSpec], str] = {}
         for source, by_spec in edges.items():
-            inserted = {spec: _insert(gm, source, spec, modules) for spec in by_spec}
+            inserted = self._insert_all(gm, source, list(by_spec), modules)
             for spec, readers in by_spec.items():
                 for reader, position in readers:
                     _redirect(reader, position, inserted[spec])
             if info(source).output is not None:
-                widest = inserted[max(by_spec, key=lambda spec: spec.bits)]
+                widest = inserted[max(inserted, key=lambda spec: spec.bits)]
                 others = [u for u in source.users if u not in inserted.values()]
                 for reader in others:
                     reader.replace_input_with(source, widest)
         return len(edges)
 
+    def _insert_all(self, gm: fx.GraphModule, source: fx.Node, specs: list[Rounding], modules: Modules) -> Inserted:
+        """One call for each spec. Where a kernel makes the value, narrower integers are made of its widest ones."""
+        inserted: Inserted = {}
+        widest = None
+        for spec in sorted(specs, key=lambda spec: -spec.bits):
+            inserted[spec] = _insert(gm, source, spec, modules, widest or source, self.training)
+            if info(source).output is not None and widest is None:
+                widest = inserted[spec]
+        return inserted
 
+
+Rounding = QuantSpec | FixedSpec
+Inserted = dict[Rounding, fx.Node]
+Modules = dict[tuple[str, Rounding], str]
 Edges = dict[fx.Node, dict[QuantSpec | FixedSpec, list[tuple[fx.Node, int]]]]
 
 
@@ -72,21 +92,26 @@ def wanted_edges(gm: fx.GraphModule) -> Edges:
 
 
 def _insert(
-    gm: fx.GraphModule,
-    source: fx.Node,
-    spec: QuantSpec | FixedSpec,
-    modules: dict[tuple[str, QuantSpec | FixedSpec], str],
+    gm: fx.GraphModule, source: fx.Node, spec: Rounding, modules: Modules, read: fx.Node, training: bool
 ) -> fx.Node:
+    """Round ``read``, which is ``source`` or what was made of it with more bits."""
     shared = "" if is_constant(source) else info(source).group
     key = (shared or source.name, spec)
     if key not in modules:
-        same_name = sum(name == key[0] for name, _ in modules)
-        modules[key] = f"fake_quant.{key[0]}" + (f"_{same_name}" if same_name else "")
-        set_module(gm, modules[key], FakeQuantize(spec, layer=info(source).origin or source.name))
-    with gm.graph.inserting_after(source):
-        node = gm.graph.create_node("call_module", modules[key], (source,), {}, name=f"{source.name}_fake_quant")
+        modules[key] = free_path(gm, f"fake_quant.{key[0]}")
+        layer = info(source).origin or source.name
+        set_module(gm, modules[key], _trained(spec, layer, source) if training else FakeQuantize(spec, layer))
+    with gm.graph.inserting_after(read):
+        node = gm.graph.create_node("call_module", modules[key], (read,), {}, name=f"{source.name}_fake_quant")
     node.meta.update(describe(source))
     return node
+
+
+def _trained(spec: Rounding, layer: str, source: fx.Node) -> TrainedFakeQuantize:
+    """A module whose buffers have their final shape; a scale that is found at run time has none."""
+    static = isinstance(spec, QuantSpec) and not spec.dynamic
+    shape = affine.scale_shape(value(source), *spec.granularity.layout()) if static else []  # type: ignore[union-attr]
+    return TrainedFakeQuantize(spec, layer, shape=tuple(shape), constant=is_constant(source))
 
 
 def _redirect(reader: fx.Node, position: int, new: fx.Node) -> None:

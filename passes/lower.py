@@ -15,8 +15,8 @@ After::
     %r = view(%conv, ...)
 
 Anchors are found by their compute op, looking back through dequantize and forward through the epilogue. Operators that
-only move elements run on the integers themselves. Declines, and leaves the float computation in place with a note,
-where the target makes no leaf of a region; the target then says why.
+only move elements run on the integers themselves. Embeddings of a dequantized table gather its integers. Declines, and
+leaves the float computation in place with a note, where the target makes no leaf of a region; the target then says why.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from qfx.attributes import exists, free_path, set_module
+from qfx.attributes import exists, free_path, get_tensor, set_module
 from qfx.meta import add_notes, describe, info, set_value, update, update_graph, value
 from qfx.operators import OPS, Kind, Op, argument, is_constant, lookup, name_of, tensor_inputs
 from qfx.ops import choose_qparams, dequantize, quantize, unpack_op
@@ -38,7 +38,7 @@ from qfx.passes.fuse_epilogues import ACTIVATIONS
 from qfx.patterns import NoMatch
 from qfx.rewrite import erase_dead, evaluate
 from qfx.stage import Stage
-from qfx.targets import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams, Slot, Step, Target
+from qfx.targets import AnchorRegion, DynamicQParams, Leaf, LookupRegion, PointRegion, QParams, Slot, Step, Target
 
 aten = torch.ops.aten
 
@@ -59,14 +59,13 @@ class Lower:
 
     def run(self, gm: fx.GraphModule) -> int:
         misses: list[NoMatch] = []
-        count = 0
+        made: list[tuple[fx.Node, fx.Node, Leaf]] = []
         limits = {n: limits_of(n) for n in gm.graph.nodes if n.target is dequantize}
         for node in list(gm.graph.nodes):
             row = None if node._erased else lookup(node)
             if row is None:
                 continue
-            region = anchor_region if row.kind is Kind.ANCHOR else point_region
-            found = region(gm, node, row, limits)
+            found = _REGIONS.get(row.kind, point_region)(gm, node, row, limits)
             if found is None:
                 continue
             leaf = self._leaf(found)
@@ -74,17 +73,20 @@ class Lower:
                 misses.append(NoMatch(leaf.reason, node))
                 update(node, reason=f"float: {leaf.reason}")
                 continue
-            _replace(gm, found, leaf)
-            count += 1
-        count += move_integers(gm)
+            made.append((_replace(gm, found), found.anchor, leaf))
+        for call, anchor, leaf in made:  # at last, when tied weights have no reader left that keeps a name taken
+            _hold(gm, call, anchor, leaf)
+        moved = move_integers(gm)
         add_notes(gm, "not lowered", [str(miss) for miss in misses])
         update_graph(gm, target=self.target.name)
-        return count
+        return len(made) + moved
 
     def _leaf(self, found: Found) -> Leaf | NoMatch:
         region = found.region
         if isinstance(region, AnchorRegion):
             return self.target.lower_anchor(region)
+        if isinstance(region, LookupRegion):
+            return self.target.lower_lookup(region)
         return self.target.lower_point(region)
 
 
@@ -92,7 +94,7 @@ class Lower:
 class Found:
     """A region and where it is: ``inputs`` of the leaf, the node ``last`` whose value it gives, operators it covers."""
 
-    region: AnchorRegion | PointRegion
+    region: AnchorRegion | PointRegion | LookupRegion
     anchor: fx.Node
     inputs: tuple[fx.Node, ...]
     last: fx.Node
@@ -209,6 +211,7 @@ def anchor_region(gm: fx.GraphModule, node: fx.Node, row: Op, limits: Limits) ->
         steps=steps,
         output=None if output is None else qparams_of(gm, output, limits),
         dtype=dtype,
+        stored=stored_at(gm, weight_node.args[0]),
     )
     return Found(region, node, (data_node, *others), output or last, covers)
 
@@ -263,11 +266,22 @@ def _data(
 
 def _weight(gm: fx.GraphModule, node: Any) -> tuple[Tensor, int]:
     """Integers of the weight and how many bits each has."""
-    packed = node
-    while isinstance(packed, fx.Node) and packed.target is not unpack_op and packed.op != "get_attr":
-        packed = tensor_inputs(packed)[0]
-    bits = packed.args[1] if packed.target is unpack_op else 8
-    return evaluate(gm, node), bits
+    return evaluate(gm, node), _weight_bits(node)
+
+
+def _weight_bits(node: Any) -> int:
+    while isinstance(node, fx.Node) and node.target is not unpack_op and node.op != "get_attr":
+        node = tensor_inputs(node)[0]
+    return node.args[1] if node.target is unpack_op else 8
+
+
+def stored_at(gm: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor in which ``fold-weights`` stored the integers ``node``, the same object for all that read it."""
+    if name_of(node) == "view" and tensor_inputs(node)[0].target is unpack_op:
+        node = tensor_inputs(node)[0]
+    if node.target is unpack_op:
+        node = node.args[0]
+    return get_tensor(gm, str(node.target)) if node.op == "get_attr" else None
 
 
 def _bias(gm: fx.GraphModule, node: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -325,7 +339,7 @@ def _add_step(
 
 def point_region(gm: fx.GraphModule, node: fx.Node, row: Op, limits: Limits) -> Found | None:
     """The region of an operator whose inputs are all dequantized and whose one reader quantizes, or None."""
-    if row.kind is Kind.FLOAT or row.name in MOVERS:
+    if row.name in MOVERS:
         return None
     data = [n for n in tensor_inputs(node) if isinstance(value(n), Tensor)]
     output = _sole_quantize(node)
@@ -352,8 +366,38 @@ def point_region(gm: fx.GraphModule, node: fx.Node, row: Op, limits: Limits) -> 
     return Found(region, node, tuple(n.args[0] for n in unique), output, (node,))  # type: ignore[misc]
 
 
-def _replace(gm: fx.GraphModule, found: Found, leaf: Leaf) -> None:
-    """Call the leaf in place of the region's last node, under the layer's own path where that is free."""
+# --- embeddings -------------------------------------------------------------------------------------------------------
+
+
+def lookup_region(gm: fx.GraphModule, node: fx.Node, row: Op, limits: Limits) -> Found | None:
+    """The region of a float operator whose table is stored in integers, an embedding; None for all others."""
+    back = None if row.table is None else _integers(node.args[row.table])
+    table = None if back is None else stored_at(gm, back.args[0])
+    qparams = None if back is None else qparams_of(gm, back, limits)
+    if back is None or table is None or qparams is None:
+        return None
+    integers = value(back.args[0])  # type: ignore[arg-type]
+    region = LookupRegion(
+        op=row,
+        table=table,
+        bits=_weight_bits(back.args[0]),
+        signed=integers.dtype == torch.int8,
+        length=integers.shape[1],
+        qparams=qparams,
+        dtype=value(back).dtype,
+    )
+    return Found(region, node, (argument(node, 1, "indices"),), node, (node,))
+
+
+_REGIONS = {Kind.ANCHOR: anchor_region, Kind.FLOAT: lookup_region}
+"""How the region of an operator is found; all other kinds are points."""
+
+
+# --- leaves -----------------------------------------------------------------------------------------------------------
+
+
+def _replace(gm: fx.GraphModule, found: Found) -> fx.Node:
+    """Call a leaf, which has no path yet, in place of the region's last node."""
     anchor, last = found.anchor, found.last
     with gm.graph.inserting_before(last):
         call = gm.graph.create_node("call_module", "", found.inputs, {}, name=f"{anchor.name}_leaf")
@@ -363,6 +407,11 @@ def _replace(gm: fx.GraphModule, found: Found, leaf: Leaf) -> None:
     set_value(call, value(last))
     last.replace_all_uses_with(call)
     erase_dead(gm, last)
+    return call
+
+
+def _hold(gm: fx.GraphModule, call: fx.Node, anchor: fx.Node, leaf: Leaf) -> None:
+    """Put the leaf that ``call`` calls under its layer's own path, where that is free."""
     path = info(anchor).origin or anchor.name
     call.target = path if _free(gm, path) else free_path(gm, f"{path}_{anchor.name}" if exists(gm, path) else path)
     set_module(gm, str(call.target), leaf)

@@ -4,7 +4,18 @@
 ``qfx.report(qmodel)`` says of every node what became of it, and why.
 """
 
-from qfx.api import calibrate, convert, default_pipeline, prepare, quantize, report
+from qfx.api import (
+    calibrate,
+    clipped_weights,
+    convert,
+    default_pipeline,
+    prepare,
+    quantize,
+    quantize_qat,
+    reestimate_batch_norm,
+    report,
+)
+from qfx.distillation import distillation_loss
 from qfx.errors import (
     ArtifactError,
     CalibrationError,
@@ -14,14 +25,17 @@ from qfx.errors import (
     PassError,
     QfxError,
     QfxWarning,
+    TrainingError,
     UnsupportedError,
     VerifyError,
 )
 from qfx.node_table import Report
 from qfx.pipeline import Pipeline
 from qfx.recipe import QuantRule, Recipe
+from qfx.schedule import Schedule
 from qfx.spec import IntType, PerAxis, PerGroup, PerTensor, PerToken, QConfig, QuantSpec, Scheme
 from qfx.stage import Stage
+from qfx.training import Estimator, Fixed, Learned, Moving
 
 __version__ = "0.1.0"
 
@@ -30,7 +44,11 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "ConfigError",
+    "Estimator",
+    "Fixed",
     "IntType",
+    "Learned",
+    "Moving",
     "NativeError",
     "PassError",
     "PerAxis",
@@ -45,14 +63,20 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Report",
+    "Schedule",
     "Scheme",
     "Stage",
+    "TrainingError",
     "UnsupportedError",
     "VerifyError",
     "calibrate",
+    "clipped_weights",
     "convert",
     "default_pipeline",
+    "distillation_loss",
     "prepare",
     "quantize",
+    "quantize_qat",
+    "reestimate_batch_norm",
     "report",
 ]

@@ -17,6 +17,8 @@ fake-quantize does; ``x' = (q - zero_point) * scale``. Method: Jacob et al., 201
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -139,14 +141,98 @@ def fake_quantize(
     group_size: int | None = None,
     quant_min: int,
     quant_max: int,
+    clamp_min: float | None = None,
+    clamp_max: float | None = None,
+    straight_through: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``dequantize(quantize(x))`` in x's dtype, and the mask (bool) of elements inside the representable range.
+    """``dequantize(quantize(clamp(x)))`` in x's dtype, and the mask (bool) of the elements that pass a gradient on.
 
-    The mask is the straight-through estimator's gradient: 1 where ``quant_min <= round(x / scale) + zero_point <=
-    quant_max``, else 0. Method: Jacob et al., 2018, section 3.
+    ``clamp_min`` and ``clamp_max`` stand for an activation in front: (0, None) is relu, (0, 6) is relu6, None is no
+    bound. The mask, which multiplies the gradient, is True where both hold:
+
+    - the clamp passes: ``x > clamp_min`` and ``x < clamp_max``, so that an element on a bound gets nothing, as from
+      torch's relu, relu6 and hardtanh (torch.clamp differs there: it lets the bounds themselves pass);
+    - the integer is representable before it is clamped: ``quant_min <= round(x / scale) + zero_point <= quant_max``,
+      as in torch's fake-quantize operators. The range therefore reaches half a step beyond its outer levels; on that
+      very border the tie goes to the even integer, and passes if that one is inside. With ``straight_through`` this
+      condition is dropped.
+
+    NaN becomes the zero point, hence 0.0, and passes. Method: Jacob et al., 2018, section 3; the straight-through
+    estimator is that of Bengio et al., 2013 (arXiv:1308.3432).
     """
     inverse = expand_qparam(1.0 / scale, x, axis, group_size)
     offset = expand_qparam(zero_point, x, axis, group_size).to(torch.float32)
-    q = torch.round(x.float() * inverse).nan_to_num(nan=0.0) + offset
-    mask = (q >= quant_min) & (q <= quant_max)
-    return ((q.clamp(quant_min, quant_max) - offset) * expand_qparam(scale, x, axis, group_size)).to(x.dtype), mask
+    clamped, passes = _clamp(x.float(), clamp_min, clamp_max)
+    q = torch.round(clamped * inverse).nan_to_num(nan=0.0) + offset
+    if not straight_through:
+        passes = passes & (q >= quant_min) & (q <= quant_max)
+    value = (q.clamp(quant_min, quant_max) - offset) * expand_qparam(scale, x, axis, group_size)
+    return value.to(x.dtype), passes
+
+
+def fake_quantize_backward(grad: Tensor, mask: Tensor) -> Tensor:
+    """The gradient of :func:`fake_quantize` in x: ``grad * mask``, in grad's dtype and the mask's memory format."""
+    return mask * grad
+
+
+def fake_quantize_learned_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    quant_min: int,
+    quant_max: int,
+    gradient_scale: float,
+    clamp_min: float | None = None,
+    clamp_max: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`fake_quantize` in ``x`` and in ``scale`` when the step size is learned.
+
+    The first, of x's shape and dtype, is ``grad`` where the mask of :func:`fake_quantize` is True. The second, of
+    scale's shape and dtype, is ``gradient_scale`` times the sum over the elements of each scale of ``grad * d`` with
+    ``v = clamp(x) / scale``, ``q = round(v) + zero_point`` and
+
+    - ``d = round(v) - v`` where ``quant_min <= q <= quant_max`` (the same borders as the mask's; 0 for NaN),
+    - ``d = quant_min - zero_point`` below and ``d = quant_max - zero_point`` above.
+
+    Products are float32, sums float64. The zero point is a constant. Method: LSQ, Esser et al., 2020
+    (arXiv:1902.08153), equation 3, with the offset of LSQ+, Bhalgat et al., 2020 (arXiv:2004.09576); LSQ's own range
+    ends at the outer levels and not half a step beyond.
+    """
+    inverse = expand_qparam(1.0 / scale, x, axis, group_size)
+    offset = expand_qparam(zero_point, x, axis, group_size).to(torch.float32)
+    clamped, passes = _clamp(x.float(), clamp_min, clamp_max)
+    v = (clamped * inverse).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    rounded = torch.round(v)
+    q = rounded + offset
+    inside = (q >= quant_min) & (q <= quant_max)
+    slope = torch.where(inside, rounded - v, q.clamp(quant_min, quant_max) - offset)
+    sums = _sum_like_qparam(grad.float() * slope, scale, axis, group_size)
+    return (inside & passes) * grad, (sums * gradient_scale).to(scale.dtype)
+
+
+def _clamp(x: Tensor, low: float | None, high: float | None) -> tuple[Tensor, Tensor]:
+    """``x`` clamped, and where (bool) the gradient passes; NaN stays and passes."""
+    passes = torch.ones_like(x, dtype=torch.bool)
+    if low is not None:
+        passes = passes & ~(x <= low)
+    if high is not None:
+        passes = passes & ~(x >= high)
+    return (x if low is None and high is None else x.clamp(low, high)), passes
+
+
+def _sum_like_qparam(terms: Tensor, p: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """Sums (float64) of ``terms`` over the elements that each value of ``p`` serves, of p's shape."""
+    if axis is None or p.numel() == 1:
+        return terms.sum(dtype=torch.float64).reshape(p.shape)
+    axis = axis % terms.ndim
+    if group_size is None:
+        return terms.movedim(axis, 0).flatten(1).sum(1, dtype=torch.float64).reshape(p.shape)
+    if group_size == -1:
+        return terms.sum(axis, keepdim=True, dtype=torch.float64)
+    rows = terms.movedim(axis, -1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % group_size))
+    return rows.unflatten(-1, (-1, group_size)).sum(-1, dtype=torch.float64).movedim(-1, axis)

@@ -6,35 +6,42 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from qfx import agreement, clipping
 from qfx import calibration as calibration_
+from qfx.batch_statistics import reestimate
 from qfx.calling import codegen_of, flat_inputs
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.examples import Example, as_example
 from qfx.inference import GradientGuard, freeze, storages
 from qfx.memory import returned_at_once, trim
-from qfx.meta import add_notes, graph_info, info
+from qfx.meta import add_notes, graph_info, info, update_graph
 from qfx.metrics import sqnr_db
 from qfx.node_table import Report, build_report, crossings, rows_before, tensor_bytes
 from qfx.noise import measure
-from qfx.passes import ptq_pipeline
+from qfx.passes import ptq_pipeline, qat_pipeline
 from qfx.pipeline import Pipeline
 from qfx.recipe import Recipe
 from qfx.regions import Regions, capture_regions
 from qfx.shadow import undisturbed
 from qfx.stage import Stage, stage_of
 from qfx.targets import Leaf, Target, choose
+from qfx.trained_fake_quant import TrainedFakeQuantize
 
 log = logging.getLogger(__name__)
 
 _PLAN, _REPORT = "_qfx_plan", "_qfx_report"
+
+
+class UntrainedWarning(QfxWarning):
+    """A model that was prepared for training is converted without."""
 
 
 class TargetWarning(QfxWarning):
@@ -51,7 +58,9 @@ class _Plan:
     weight_bytes: int
     nodes_before: int
     float_parts: tuple[str, ...] = ()
-    first_call: Example | None = None
+    last_call: Example | None = None
+    mode: str = "ptq"
+    versions: tuple[int, ...] = ()
 
 
 def quantize(
@@ -101,9 +110,76 @@ def quantize(
         return _convert(prepared, foreign=frozenset() if inplace else storages(prepared), verbose=verbose)
 
 
-def default_pipeline(recipe: str | Recipe = "int8", target: str | Target = "auto") -> Pipeline:
-    """The passes that ``quantize`` runs, to be edited with ``before``, ``after``, ``without`` and ``replace``."""
-    return ptq_pipeline(_recipe(recipe), choose(target))
+def quantize_qat(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    train: Callable[[nn.Module], object],
+    calibration: Iterable[Any] | None = None,
+    recipe: str | Recipe = "int8",
+    target: str | Target = "auto",
+    pipeline: Pipeline | None = None,
+    dynamic_shapes: Any = None,
+    verbose: bool = True,
+) -> nn.Module:
+    """Quantize ``model`` with training: prepare, train by ``train``, convert; returns the integer model.
+
+    Args:
+        train: called once with the prepared model, in training mode, to train it in place; what it returns is ignored.
+        calibration: as for :func:`quantize`; without it ranges start with the first batch of training.
+
+    The other arguments are those of :func:`quantize`; ``model`` is untouched.
+
+    Raises:
+        CaptureError, ConfigError, CalibrationError, UnsupportedError, VerifyError: see :mod:`qfx.errors`.
+    """
+    if not callable(train):
+        raise ConfigError(f"train is a {type(train).__name__}", hint="give a function that trains the model it is given")
+    prepared = prepare(
+        model,
+        example_inputs,
+        recipe=recipe,
+        target=target,
+        pipeline=pipeline,
+        dynamic_shapes=dynamic_shapes,
+        mode="qat",
+    )
+    if calibration is not None:
+        calibrate(prepared, calibration)
+    train(prepared)
+    return convert(prepared.eval(), check=True, verbose=verbose)
+
+
+def reestimate_batch_norm(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
+    """Measure the batch-norm statistics of a trained model anew on ``data``, in place; returns it.
+
+    To be called before :func:`convert` where batch norms trained with a small momentum, or on batches that end elsewhere
+    than the data do. Batch norms that the user's model had frozen stay.
+
+    Raises:
+        ConfigError: there are no data.
+    """
+    reestimate(prepared, data, _plan(prepared).example)
+    return prepared
+
+
+def clipped_weights(prepared: nn.Module) -> dict[str, float]:
+    """The share of clipped weights of every layer, in [0, 1], of a model in training: something to log."""
+    return {
+        f"{path}.{layer}" if path else layer: share
+        for path, gm in graphs(prepared).items()
+        for layer, share in clipping.clipped_weights(gm).items()
+    }
+
+
+def default_pipeline(
+    recipe: str | Recipe = "int8", target: str | Target = "auto", *, mode: str = "ptq"
+) -> Pipeline:
+    """The passes that ``quantize`` runs (``mode="qat"``: ``quantize_qat``).
+
+    They are edited with ``before``, ``after``, ``without`` and ``replace``.
+    """
+    return _PIPELINES[mode](_recipe(recipe), choose(target))
 
 
 def prepare(
@@ -114,27 +190,36 @@ def prepare(
     target: str | Target = "auto",
     pipeline: Pipeline | None = None,
     dynamic_shapes: Any = None,
+    mode: str = "ptq",
 ) -> nn.Module:
     """Capture, fuse and annotate ``model`` and insert its observers; arguments as for :func:`quantize`.
 
-    The result computes what the float model computes, and is called like it.
+    Args:
+        mode: ``ptq``: the result computes what the float model computes, until it is calibrated and converted; it
+            shares the model's weights. ``qat``: the result has weights of its own and is trained in any loop. It rounds
+            from the first batch on, with ranges from :func:`calibrate` or else from that batch; ``train()`` and
+            ``eval()`` switch dropout and batch norm as in the float model, and in eval mode it computes what the float
+            model computes until it has ranges. It is returned in training mode.
+
+    Raises:
+        CaptureError, ConfigError, UnsupportedError: see :mod:`qfx.errors`; the model is unharmed.
     """
+    if mode not in _PIPELINES:
+        raise ConfigError(f"there is no mode {mode!r}", hint="choose one of " + ", ".join(_PIPELINES))
     chosen_recipe, chosen_target = _recipe(recipe), choose(target, _device(model))
-    passes = _bound(pipeline, chosen_recipe, chosen_target)
+    passes = _PIPELINES[mode](chosen_recipe, chosen_target) if pipeline is None else pipeline
+    passes = _bound(passes, chosen_recipe, chosen_target)
     example = as_example(example_inputs)
-    captured = capture_regions(model, example, dynamic_shapes=dynamic_shapes)
+    captured = capture_regions(model, example, dynamic_shapes=dynamic_shapes, training=mode == "qat")
     before, behind = passes.split()
     nodes = sum(len(gm.graph.nodes) for gm in graphs(captured.model).values())
     for gm in graphs(captured.model).values():
         before.run(gm)
         if slow := _why_slow(chosen_target):
             add_notes(gm, "target", [slow])
-    setattr(
-        captured.model,
-        _PLAN,
-        _Plan(behind, example, type(model).__name__, tensor_bytes(model), nodes, _float_parts(captured)),
-    )
-    return captured.model
+    plan = _Plan(behind, example, type(model).__name__, tensor_bytes(model), nodes, _float_parts(captured), mode=mode)
+    setattr(captured.model, _PLAN, dataclasses.replace(plan, versions=_versions(captured.model)))
+    return captured.model.train(mode == "qat")
 
 
 def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
@@ -149,26 +234,34 @@ def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
         what = f"the calibration data are one {type(data).__name__}"
         raise CalibrationError(what, hint="give an iterable of calls: a list of it, a DataLoader, a generator")
     all_graphs = list(graphs(prepared).values())
-    with undisturbed():
+    with undisturbed(), _evaluating(prepared):
         for gm in all_graphs:
             calibration_.observe_weights(gm)
         trim()
-        _, first = calibration_.run(prepared, all_graphs, data, plan.example)
+        _, last = calibration_.run(prepared, all_graphs, data, plan.example)
     trim()
-    setattr(prepared, _PLAN, dataclasses.replace(plan, first_call=first))
+    setattr(prepared, _PLAN, dataclasses.replace(plan, last_call=last))
     return prepared
 
 
-def convert(prepared: nn.Module, *, verbose: bool = False) -> nn.Module:
-    """Turn a calibrated model into an integer model; ``prepared`` stays as it is.
+def convert(prepared: nn.Module, *, check: bool = False, verbose: bool = False) -> nn.Module:
+    """Turn a calibrated or trained model into an integer model; ``prepared`` stays as it is.
+
+    Args:
+        check: run both on the last calibration batch (or the example), layer by layer on the same inputs.
+        verbose: print the before/after node table.
 
     Raises:
-        CalibrationError: it was not calibrated.
+        CalibrationError: it has layers without ranges; the text names the first.
+        ConfigError: it is in training mode.
+        VerifyError: ``check`` found a layer whose integers are off by more than 1 LSB; the text names it.
     """
     plan = _plan(prepared)
+    if plan.mode == "qat":
+        _ready_to_convert(prepared, plan)
     shared = {id(t): t for t in (*prepared.parameters(), *prepared.buffers())}
     twin = copy.deepcopy(prepared, {**shared, id(plan): plan})
-    return _convert(twin, foreign=storages(prepared), verbose=verbose)
+    return _convert(twin, foreign=storages(prepared), verbose=verbose, check=check)
 
 
 def report(qmodel: nn.Module) -> Report:
@@ -197,6 +290,49 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
+_PIPELINES = {"ptq": ptq_pipeline, "qat": qat_pipeline}
+
+
+def _versions(model: nn.Module) -> tuple[int, ...]:
+    """How often each weight was written to; ranges that are learned do not count."""
+    return tuple(p._version for name, p in model.named_parameters() if "fake_quant." not in name)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _ready_to_convert(prepared: nn.Module, plan: _Plan) -> None:
+    """Refuse a model that is being trained or has no ranges; warn of one that nobody trained."""
+    if prepared.training:
+        raise ConfigError("the model is in training mode", hint="call prepared.eval() before qfx.convert(prepared)")
+    for gm in graphs(prepared).values():
+        for _, module in calibration_.fake_quants(gm):
+            if isinstance(module, TrainedFakeQuantize) and not module.ready:
+                raise CalibrationError(
+                    "no batch has reached this layer, so it has no range",
+                    where=module.layer,
+                    hint="train it, run qfx.calibrate(prepared, data), or leave the layer float with Recipe.skip",
+                )
+        update_graph(gm, stage=Stage.CALIBRATED.name)
+    if _versions(prepared) == plan.versions:
+        warnings.warn(
+            UntrainedWarning(
+                "no optimizer has changed a weight since qfx.prepare: this is post-training quantization. "
+                "Train the prepared model first, or call qfx.quantize."
+            ),
+            stacklevel=3,
+        )
+
+
 def _float_parts(regions: Regions) -> tuple[str, ...]:
     """What stays Python code around the graphs, and why."""
     if not regions.stopped_by:
@@ -218,10 +354,8 @@ def _device(model: nn.Module) -> str:
     return next((t.device.type for t in tensors if not t.is_meta), "cpu")
 
 
-def _bound(pipeline: Pipeline | None, recipe: Recipe, target: Target) -> Pipeline:
+def _bound(pipeline: Pipeline, recipe: Recipe, target: Target) -> Pipeline:
     """The pipeline with every pass that takes a recipe or a target given those of this call."""
-    if pipeline is None:
-        return ptq_pipeline(recipe, target)
     if not isinstance(pipeline, Pipeline):
         raise ConfigError(
             f"pipeline is a {type(pipeline).__name__}", hint="edit qfx.default_pipeline() and pass the result"
@@ -264,7 +398,7 @@ def _release(model: nn.Module) -> None:
                 module._parameters[name] = empty[parameter]
 
 
-def _convert(prepared: nn.Module, *, foreign: frozenset[int], verbose: bool) -> nn.Module:
+def _convert(prepared: nn.Module, *, foreign: frozenset[int], verbose: bool, check: bool = False) -> nn.Module:
     """Convert in place; memory in ``foreign`` belongs to a model that lives on: what stays float is copied from it."""
     plan = _plan(prepared)
     parts = graphs(prepared)
@@ -272,10 +406,9 @@ def _convert(prepared: nn.Module, *, foreign: frozenset[int], verbose: bool) -> 
         if stage_of(gm) is not Stage.CALIBRATED:
             what = f"the model is {stage_of(gm).name}, not CALIBRATED"
             raise CalibrationError(what, where=path, hint="run qfx.calibrate(prepared, data)")
-    assert plan.first_call is not None
     with undisturbed():
-        calls = _calls(prepared, parts, plan.first_call)
-        reports = [_convert_graph(gm, inputs, plan, foreign) for gm, inputs in calls]
+        calls = _calls(prepared, parts, plan.last_call or plan.example)
+        reports = [_convert_graph(gm, inputs, plan, foreign, check) for gm, inputs in calls]
     freeze(prepared, foreign)
     delattr(prepared, _PLAN)
     whole = _joined(reports, plan, prepared)
@@ -310,14 +443,18 @@ def _calls(
 
 
 def _convert_graph(
-    gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan, foreign: frozenset[int]
+    gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan, foreign: frozenset[int], check: bool
 ) -> Report:
     inputs = _few(gm, inputs)
+    first, behind = plan.behind.split(Stage.CALIBRATED)
+    live = agreement.record(gm, inputs) if check else None
+    first.run(gm)
+    settled = agreement.record(gm, inputs, live) if check else None
     rows = rows_before(gm)
     groups = len({info(n).group for n in gm.graph.nodes} - {""})
     noise = measure(gm, inputs)
     trim()
-    plan.behind.run(gm, hook=None if foreign else lambda *_: trim())  # give back layer by layer what nobody shares
+    behind.run(gm, hook=None if foreign else lambda *_: trim())  # give back layer by layer what nobody shares
     made = build_report(
         plan.model,
         rows,
@@ -328,6 +465,9 @@ def _convert_graph(
         weight_bytes_before=plan.weight_bytes,
     )
     freeze(gm, foreign)  # before the first run: kernels pack what they find
+    if live is not None and settled is not None:
+        agreement.require(agreement.settled_agreement(live, settled))
+        agreement.require(agreement.lowered_agreement(settled, gm, inputs))
     if not _weight_only(gm):
         gm.register_forward_pre_hook(GradientGuard(plan.model), with_kwargs=True)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from traceback import FrameSummary, StackSummary
 from typing import Any
@@ -21,11 +21,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from qfx.calling import CallBinder, CallCodeGen, TensorSpec
 from qfx.errors import CaptureError
+from qfx.eval_form import to_eval_form
 from qfx.exported import graph_module_of
 from qfx.graph_module import CapturedModule
 from qfx.growth import batch_of, differences
 from qfx.meta import update_graph, value
 from qfx.origin import error_line, stack_line
+from qfx.shadow import switched
 from qfx.shapes import Freedom
 from qfx.structure import Leaf, Structure, flatten, opaque, rebuild
 from qfx.subject import Subject, arguments
@@ -64,9 +66,14 @@ def attempt(subject: Subject, freedom: Freedom, sizes: Sizes) -> CapturedModule:
         CaptureError: the export is refused, or what came of it is not what the model does.
     """
     results: list[Structure] = []
-    program = _export(_Flat(subject, results.append), sizes.traced, freedom, subject.name)
+    with switched(subject.flags) if subject.flags else nullcontext():
+        program = _export(_Flat(subject, results.append), sizes.traced, freedom, subject.name)
     names = [at for at, part in arguments(subject.structure) if isinstance(part, Leaf)]
-    gm = graph_module_of(program, subject.model, "model", [_identifier(n) for n in names], subject.path)
+    gm = graph_module_of(
+        program, subject.model, "model", [_identifier(n) for n in names], subject.path, training=subject.training
+    )
+    if subject.training:
+        to_eval_form(gm, subject.model)
     specs = _tensor_specs(gm, names)
     fixed = [i for i, dims in enumerate(freedom) if 0 in dims and isinstance(specs[i].sizes[0], int)]
     grown = [i for i in fixed if subject.tensors[i].shape[0] != sizes.traced[i].shape[0]]

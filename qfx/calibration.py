@@ -20,6 +20,7 @@ from qfx.meta import add_notes, update_graph
 from qfx.operators import is_constant, mutates
 from qfx.rewrite import evaluate
 from qfx.stage import Stage
+from qfx.trained_fake_quant import TrainedFakeQuantize
 
 log = logging.getLogger(__name__)
 
@@ -53,30 +54,30 @@ def observe_weights(gm: fx.GraphModule) -> None:
 
 
 def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any], example: Example) -> tuple[int, Any]:
-    """Run ``data`` through ``model`` while its activations are observed; returns samples and the first call.
+    """Run ``data`` through ``model`` while its activations are observed; returns samples and the last call.
 
     Raises:
         CalibrationError: there are no data, or an item does not fit the example.
     """
     graphs = list(graphs)
     active = list(  # once each, though several nodes may call it
-        dict.fromkeys(m for gm in graphs for n, m in fake_quants(gm) if not is_constant(n.args[0]))  # type: ignore[arg-type]
+        dict.fromkeys(m for gm in graphs for n, m in fake_quants(gm) if _sees_batches(n, m))
     )
     _looks_like_test_data(data)
-    samples, first = 0, None
+    samples, last = 0, None
     writes = model not in graphs or any(mutates(n) for gm in graphs for n in gm.graph.nodes)
     try:
         for module in active:
-            module.observing = True
+            module.collect(True)
         for number, item in enumerate(_with_bar(data)):
             call = calibration_call(item, example, number)
-            first = first or _copied(call)
+            last = call
             _observe(model, _copied(call) if writes else call, number)
             samples += _rows(call)
     finally:
         for module in active:
-            module.observing = False
-    if first is None:
+            module.collect(False)
+    if last is None:
         raise CalibrationError(
             "the calibration data are empty",
             hint="a generator is exhausted after one use: pass a list, a DataLoader, or a fresh generator",
@@ -91,7 +92,13 @@ def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any],
         warnings.warn(CalibrationWarning(f"{note}. Pass calibration= with real inputs."), stacklevel=4)
         for gm in graphs:
             add_notes(gm, "warning", [note])
-    return samples, first
+    return samples, _copied(last)
+
+
+def _sees_batches(node: fx.Node, module: FakeQuantize) -> bool:
+    """A weight is seen beforehand; except in training, where what quantizes it may depend on batch norms."""
+    source = node.args[0]
+    return isinstance(module, TrainedFakeQuantize) or not (isinstance(source, fx.Node) and is_constant(source))
 
 
 def _copied(call: Example) -> Example:

@@ -129,7 +129,13 @@ class Usage:
     freedom: Freedom
 
 
-def usage(calls: Sequence[Call], child: nn.Module, shadow: nn.Module, path: str) -> Usage | str:
+def usage(
+    calls: Sequence[Call],
+    child: nn.Module,
+    shadow: nn.Module,
+    path: str,
+    flags: Mapping[nn.Module, bool] | None = None,
+) -> Usage | str:
     """What one graph for all ``calls`` of ``child`` must be, or the reason why there is none.
 
     Raises:
@@ -139,7 +145,7 @@ def usage(calls: Sequence[Call], child: nn.Module, shadow: nn.Module, path: str)
         return "the example does not reach it"
     if any(call.mutates for call in calls):
         return "it writes to its inputs"
-    subjects = [Subject.of(child, shadow, Example(call.args, call.kwargs), path) for call in calls]
+    subjects = [Subject.of(child, shadow, Example(call.args, call.kwargs), path, flags) for call in calls]
     if any(s.structure != subjects[0].structure for s in subjects):
         return "it is called with different structures or constants"
     if any(_kinds(s) != _kinds(subjects[0]) for s in subjects):

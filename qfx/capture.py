@@ -24,7 +24,7 @@ from qfx.graph_module import CapturedModule
 from qfx.growth import batch_of, resized, row_disagreement
 from qfx.meta import add_notes, graph_info
 from qfx.origin import error_line
-from qfx.shadow import shadow_of, undisturbed
+from qfx.shadow import shadow_of, train_flags, trainable_copy, undisturbed
 from qfx.shapes import Freedom
 from qfx.structure import flatten
 from qfx.subject import Subject
@@ -43,7 +43,9 @@ class FixedSizeWarning(QfxWarning):
     """The captured graph runs only at the example's batch size."""
 
 
-def capture(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> fx.GraphModule:
+def capture(
+    model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None, training: bool = False
+) -> fx.GraphModule:
     """The model's graph of ATen operators, in eval mode, called exactly like the model.
 
     Weights are shared with the model, not copied. Free are dimension 0 of every tensor and all dimensions of integer
@@ -54,6 +56,9 @@ def capture(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None
         model: the float model; it is left bit-identical.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         dynamic_shapes: which sizes are free, in the format of ``torch.export.export``, instead of the above.
+        training: capture for training: the graph stands in eval form, has weights of its own, and its nodes are marked
+            with what they do in training (:mod:`qfx.eval_form`). A model in training mode keeps what it holds in eval
+            mode (frozen batch norms, say); of a model in eval mode everything trains.
 
     Raises:
         CaptureError: the model, the example or the two together cannot be captured; the text names the user's line.
@@ -61,13 +66,16 @@ def capture(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None
     """
     model = original(model)
     check_model(model)
+    model = trainable_copy(model) if training else model
     with undisturbed():
         shadow, notes = shadow_of(model)
-        subject = Subject.of(model, shadow, as_example(example_inputs))
+        flags = train_flags(model, shadow) if training else None
+        subject = Subject.of(model, shadow, as_example(example_inputs), flags=flags)
         gm = capture_subject(subject, subject.ladder(dynamic_shapes), exactly=dynamic_shapes is not None)
     add_notes(gm, NOTES, notes)
     carry_over(shadow, gm)
-    warn_of_training(model)
+    if not training:
+        warn_of_training(model)
     return gm
 
 

@@ -37,6 +37,10 @@ class CalibrationError(QfxError, ValueError):
     """Calibration data are missing, of another structure, dtype or device, or hold NaN or infinity."""
 
 
+class TrainingError(QfxError, ValueError):
+    """A step of quantization-aware training cannot be taken: the loss is not finite."""
+
+
 class PassError(QfxError):
     """A pass failed or broke its contract; the text names the pass."""
 

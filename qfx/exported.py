@@ -27,7 +27,13 @@ _KEPT_META = ("val", "stack_trace")
 
 
 def graph_module_of(
-    program: ExportedProgram, user: nn.Module, prefix: str, names: Sequence[str], path: str = ""
+    program: ExportedProgram,
+    user: nn.Module,
+    prefix: str,
+    names: Sequence[str],
+    path: str = "",
+    *,
+    training: bool = False,
 ) -> CapturedModule:
     """A CapturedModule that shares its weights with ``user``; its inputs and outputs are flat.
 
@@ -36,6 +42,8 @@ def graph_module_of(
         user: the model whose tensors the graph refers to, by their own names.
         names: the names that the placeholders shall bear.
         path: where ``user`` stands in a larger model: nodes say where they come from in terms of that.
+        training: ``user`` is a copy that will be trained: the graph takes over its parameters themselves, so that what
+            is tied stays tied, and stops gradients where the model does.
 
     Raises:
         CaptureError: the program holds an object that a graph cannot.
@@ -47,7 +55,7 @@ def graph_module_of(
     for spec in program.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(f"the model changes {spec.target!r} while it runs under vmap")
-    return _Builder(program, user, prefix, path, fx.Graph()).build(names)
+    return _Builder(program, user, prefix, path, fx.Graph(), training).build(names)
 
 
 def _is_vmap(target: Any) -> bool:
@@ -72,6 +80,7 @@ class _Builder:
     prefix: str
     path: str
     graph: fx.Graph
+    training: bool
     root: nn.Module = field(default_factory=nn.Module)
     used: dict[int, _TensorRef] = field(default_factory=dict)
     attributes: dict[str, fx.Node] = field(default_factory=dict)
@@ -90,7 +99,7 @@ class _Builder:
         _drop_fresh_copies(self.graph, written)
         targets = {node.target for node in written if node.op == "get_attr"}
         for ref in self.used.values():
-            _register(self.root, ref, clone=not targets.isdisjoint(ref.names))
+            _register(self.root, ref, clone=not targets.isdisjoint(ref.names), itself=self.training)
         self.root.eval()
         return CapturedModule.of(self.root, self.graph, type(self.user).__name__)
 
@@ -144,15 +153,26 @@ class _Builder:
         if inlined and not _autocasts(node):
             body, first = env[given[inlined[0]]], given[inlined[1] :]
             inner = [n for n in body.graph.nodes if n.op == "placeholder"]
-            return self._copy(body, {n: env.get(a, a) for n, a in zip(inner, first, strict=True)})
+            results = self._copy(body, {n: env.get(a, a) for n, a in zip(inner, first, strict=True)})
+            stops = self.training and given[0] is False and "set_grad" in node.target._name  # type: ignore[union-attr]
+            return [self._detached(r, node) for r in results] if stops else results
         if node.target is operator.getitem and isinstance(results := env.get(given[0]), list):
             return results[given[1]]
-        if node.target is torch.ops.aten.detach_.default:  # nothing to cut: the graph is of inference
-            return self._resolve(node.args[0], env, node)
+        if node.target is torch.ops.aten.detach_.default:
+            source = self._resolve(node.args[0], env, node)
+            return self._detached(source, node) if self.training else source  # nothing to cut in inference
         args = map_arg(node.args, lambda n: self._resolve(n, env, node))
         kwargs = map_arg(node.kwargs, lambda n: self._resolve(n, env, node))
         new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
         new.meta.update(self._meta(node))
+        return new
+
+    def _detached(self, source: Any, like: fx.Node) -> Any:
+        val = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if not isinstance(val, Tensor) or not val.is_floating_point():
+            return source
+        new = self.graph.create_node("call_function", torch.ops.aten.detach.default, (source,), {})
+        new.meta.update({**self._meta(like), "val": val})
         return new
 
     def _resolve(self, arg: Any, env: dict[fx.Node, Any], user: fx.Node) -> Any:
@@ -286,11 +306,12 @@ def _may_alias(target: Any) -> bool:
     return schema.name in _MAY_ALIAS or any(r.alias_info is not None for r in schema.returns)
 
 
-def _register(root: nn.Module, ref: _TensorRef, *, clone: bool) -> None:
-    """Put the tensor under all its names, as a tensor of its own that shares the user's memory."""
+def _register(root: nn.Module, ref: _TensorRef, *, clone: bool, itself: bool) -> None:
+    """Put the tensor under all its names: ``itself``, or one of its own that shares the user's memory."""
     shared = ref.tensor.detach().clone() if clone else ref.tensor.detach()
     is_parameter = isinstance(ref.tensor, nn.Parameter)
     held: Tensor = nn.Parameter(shared, requires_grad=ref.tensor.requires_grad) if is_parameter else shared
+    held = ref.tensor if itself else held
     for path in ref.names:
         *parents, name = path.split(".")
         owner = root

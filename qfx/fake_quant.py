@@ -47,6 +47,10 @@ class FakeQuantize(nn.Module):
     def dynamic(self) -> bool:
         return isinstance(self.spec, QuantSpec) and self.spec.dynamic
 
+    def collect(self, collecting: bool) -> None:
+        """Begin or end calibration; :meth:`calculate` then sets the range."""
+        self.observing = collecting
+
     def calculate(self) -> None:
         """Set scale and zero point from what the observer saw.
 

@@ -35,13 +35,14 @@ _CSRC = Path(__file__).parent / "csrc"
 SOURCES = tuple(_CSRC / name for name in ("affine.cpp", "elementwise.cpp", "pool.cpp", "parallel.h", "numerics.h"))
 
 # The C signature of each loop, one letter an argument.
-_C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+_C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double, "i": ctypes.c_int}
 LOOPS = {
     "quantize": "pppp lllll ff ii",
     "quantize_interleaved": "pppp lll ff ii",
     "dequantize": "pppp lllll ii",
-    "fake_quantize": "ppppp lllll ff i",
+    "fake_quantize": "ppppp lllll ffff i i",
     "fake_quantize_backward": "ppp l i",
+    "fake_quantize_learned_backward": "pppppp lllll ffff d i",
     "quantize_per_token": "ppp ll ff iff ii",
     "lookup": "ppp l ii",
     "binary": "ppp ppp ppp l ffff iiii i",
@@ -249,39 +250,149 @@ def fake_quantize(
     group_size: int | None = None,
     quant_min: int = 0,
     quant_max: int = 255,
+    *,
+    clamp_min: float | None = None,
+    clamp_max: float | None = None,
+    straight_through: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``dequantize(quantize(x))`` in x's dtype, and the mask (bool) of the elements inside the representable range.
+    """``dequantize(quantize(clamp(x)))`` in x's dtype, and the mask (bool) of the elements that pass a gradient on.
 
-    The mask is where the straight-through estimator lets the gradient pass; a NaN, which becomes 0.0, counts as the
-    zero point. The loop takes float32.
+    Bounds, mask and edges as :func:`qfx.affine.fake_quantize`. The loop takes float32, and half precision through it.
     """
     _check_qparams(x, scale, zero_point, axis, group_size)
     loops = _loops(x, scale, zero_point)
-    if loops is None or x.dtype is not torch.float32 or not _usual(scale, zero_point):
-        limits = {"quant_min": quant_min, "quant_max": quant_max}
+    if loops is None or x.dtype not in _THROUGH_FLOAT32 or not _usual(scale, zero_point):
+        limits = {"quant_min": quant_min, "quant_max": quant_max, "clamp_min": clamp_min, "clamp_max": clamp_max}
+        layout = {"axis": axis, "group_size": group_size}
         with torch.no_grad():
-            return affine.fake_quantize(x, scale, zero_point, axis=axis, group_size=group_size, **limits)
-    x, order = _dense(x)
-    y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-    if x.numel():
-        scale, zero_point, walk = _walk(x, order, scale, zero_point, axis, group_size)
-        pointers = (x.data_ptr(), y.data_ptr(), mask.data_ptr(), scale.data_ptr(), zero_point.data_ptr())
-        loops.qfx_fake_quantize(*pointers, *walk, quant_min, quant_max, torch.get_num_threads())
-    return y, mask
+            return affine.fake_quantize(x, scale, zero_point, **layout, **limits, straight_through=straight_through)
+    real, order = _dense(_as(x, torch.float32))
+    mask = torch.empty_like(real, dtype=torch.bool)
+    bounds = (clamp_min, clamp_max, straight_through)
+    y = _fake_quantize(loops, real, order, mask, scale, zero_point, axis, group_size, quant_min, quant_max, *bounds)
+    return _as(y, x.dtype), mask
 
 
 def fake_quantize_backward(grad: Tensor, mask: Tensor) -> Tensor:
-    """``grad * mask`` for a bool mask of grad's shape; the loop takes float32."""
+    """``grad * mask`` for a bool mask of grad's shape, in the mask's memory format; the loop takes float32."""
     loops = _loops(grad, mask)
     usual = grad.dtype is torch.float32 and mask.dtype is torch.bool and grad.shape == mask.shape
     if loops is None or not usual:
         with torch.no_grad():
-            return grad * mask
-    grad, mask = _same_layout(grad, mask)
+            return affine.fake_quantize_backward(grad, mask)
+    mask = _dense(mask)[0]
+    grad = _in_layout(grad, mask)
     out = torch.empty_like(grad)
     pointers = (grad.data_ptr(), mask.data_ptr(), out.data_ptr())
     loops.qfx_fake_quantize_backward(*pointers, grad.numel(), torch.get_num_threads())
     return out
+
+
+def fake_quantize_learned(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    quant_min: int,
+    quant_max: int,
+    gradient_scale: float,
+    *,
+    clamp_min: float | None = None,
+    clamp_max: float | None = None,
+) -> Tensor:
+    """The value of :func:`fake_quantize`, without a mask; ``gradient_scale`` belongs to the gradient alone."""
+    _check_qparams(x, scale, zero_point, axis, group_size)
+    loops = _loops(x, scale, zero_point)
+    if loops is None or x.dtype not in _THROUGH_FLOAT32 or not _usual(scale, zero_point):
+        bounds = {"clamp_min": clamp_min, "clamp_max": clamp_max}
+        return fake_quantize(x, scale, zero_point, axis, group_size, quant_min, quant_max, **bounds)[0]
+    real, order = _dense(_as(x, torch.float32))
+    limits = (quant_min, quant_max, clamp_min, clamp_max, False)
+    y = _fake_quantize(loops, real, order, None, scale, zero_point, axis, group_size, *limits)
+    return _as(y, x.dtype)
+
+
+def fake_quantize_learned_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    quant_min: int,
+    quant_max: int,
+    gradient_scale: float,
+    *,
+    clamp_min: float | None = None,
+    clamp_max: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`fake_quantize_learned` in ``x`` and in ``scale``, by the formula of :mod:`qfx.affine`.
+
+    The loop takes float32, and half precision through it; its sums have the same bits for any number of threads. The
+    twin adds the same terms in another order: the two may differ in the last bits of the sum.
+    """
+    _check_qparams(x, scale, zero_point, axis, group_size)
+    loops = _loops(grad, x, scale, zero_point)
+    usual = x.dtype in _THROUGH_FLOAT32 and grad.dtype is x.dtype and grad.shape == x.shape
+    # One scale for many zero points has one sum, where the loop would make many.
+    if loops is None or not usual or not _usual(scale, zero_point) or scale.numel() < zero_point.numel():
+        limits = {"quant_min": quant_min, "quant_max": quant_max, "clamp_min": clamp_min, "clamp_max": clamp_max}
+        layout = {"axis": axis, "group_size": group_size, "gradient_scale": gradient_scale}
+        with torch.no_grad():
+            return affine.fake_quantize_learned_backward(grad, x, scale, zero_point, **layout, **limits)
+    real, order = _dense(_as(x, torch.float32))
+    real_grad = _in_layout(_as(grad, torch.float32), real)
+    grad_x = torch.empty_like(real)
+    if not real.numel():
+        return _as(grad_x, x.dtype), torch.zeros_like(scale)
+    ordered_scale, zero_point, walk = _walk(real, order, scale, zero_point, axis, group_size)
+    grad_scale = torch.empty_like(ordered_scale)
+    pointers = (real_grad.data_ptr(), real.data_ptr(), grad_x.data_ptr(), grad_scale.data_ptr())
+    loops.qfx_fake_quantize_learned_backward(
+        *(*pointers, ordered_scale.data_ptr(), zero_point.data_ptr(), *walk),
+        *(quant_min, quant_max, _bound(clamp_min), _bound(clamp_max), gradient_scale, torch.get_num_threads()),
+    )
+    if order is not None and grad_scale.ndim == len(order):
+        grad_scale = grad_scale.permute(_inverse(order)).contiguous()
+    return _as(grad_x, x.dtype), grad_scale.view(scale.shape)
+
+
+def _fake_quantize(
+    loops: Any,
+    x: Tensor,
+    order: Order,
+    mask: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    quant_min: int,
+    quant_max: int,
+    clamp_min: float | None,
+    clamp_max: float | None,
+    straight_through: bool,
+) -> Tensor:
+    """The loop on dense float32 ``x``, filling ``mask`` if there is one."""
+    y = torch.empty_like(x)
+    if x.numel():
+        scale, zero_point, walk = _walk(x, order, scale, zero_point, axis, group_size)
+        outputs = (y.data_ptr(), None if mask is None else mask.data_ptr())
+        limits = (quant_min, quant_max, _bound(clamp_min), _bound(clamp_max), straight_through)
+        pointers = (x.data_ptr(), *outputs, scale.data_ptr(), zero_point.data_ptr())
+        loops.qfx_fake_quantize(*pointers, *walk, *limits, torch.get_num_threads())
+    return y
+
+
+_THROUGH_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)  # exact in float32, and rounded once from there
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # even a conversion of nothing costs a third of a microsecond
+
+
+def _bound(value: float | None) -> float:
+    return math.nan if value is None else value  # nothing is below or above NaN
 
 
 def quantize_per_token(
@@ -784,7 +895,8 @@ ATEN: dict[str, Callable[..., Any]] = {
     "quantize_interleaved": affine.quantize,
     "dequantize": affine.dequantize,
     "fake_quantize": affine.fake_quantize,
-    "fake_quantize_backward": torch.mul,
+    "fake_quantize_backward": affine.fake_quantize_backward,
+    "fake_quantize_learned_backward": affine.fake_quantize_learned_backward,
     "quantize_per_token": _aten_quantize_per_token,
     "lookup": _aten_lookup,
     "binary": _aten_binary,

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from qfx.spec import Spec
+from qfx.training import Mark
 
 _KEY = "qfx"
 
@@ -26,7 +27,7 @@ class NodeInfo:
     (empty: not fused). ``inputs``: one spec or None (float) per tensor input, in the order of
     :func:`qfx.operators.tensor_inputs`. ``output``: the spec of its value, None where it is float. ``group``: who
     shares one scale with its value. ``sensitivity`` in dB and ``bits`` (weight) are what bit-width search found.
-    ``reason``: which rule decided, or why the node stays float.
+    ``reason``: which rule decided, or why the node stays float. ``mark``: what it does in training only.
     """
 
     origin: str = ""
@@ -37,6 +38,7 @@ class NodeInfo:
     sensitivity: float | None = None
     bits: int | None = None
     reason: str = ""
+    mark: Mark | None = None
 
     @property
     def quantized(self) -> bool:

@@ -13,10 +13,9 @@ from torch import Tensor, fx, nn
 
 from qfx.attributes import nbytes
 from qfx.meta import graph_info, info, value
-from qfx.operators import Kind, lookup, macs, name_of, tensor_inputs
+from qfx.operators import Kind, activations, lookup, macs, name_of, tensor_inputs
 from qfx.ops import dequantize, quantize
 from qfx.printer import show_value
-from qfx.spec import QuantSpec, SharedSpec
 from qfx.targets import Leaf
 
 
@@ -161,8 +160,7 @@ def _counts(node: fx.Node) -> bool:
 
 def _row(node: fx.Node) -> NodeRow:
     known, row = info(node), lookup(node)
-    activations = [s for s in known.inputs if isinstance(s, QuantSpec | SharedSpec)]
-    data = next((s for s in known.inputs[:1] if s is not None), None)
+    data = next((known.inputs[i] for i in activations(node)[:1] if known.inputs), None)
     return NodeRow(
         name=node.name,
         operator=name_of(node) or str(node.target),
@@ -170,7 +168,7 @@ def _row(node: fx.Node) -> NodeRow:
         shape=show_value(value(node)).partition("[")[2].rstrip("]") if isinstance(value(node), Tensor) else "",
         after="float",
         weight_bits=known.bits,
-        activation_bits=data.bits if data is not None and activations else None,
+        activation_bits=data.bits if data is not None else None,
         kernel="",
         sqnr_db=None,
         reason=known.reason,
@@ -203,7 +201,7 @@ def rows_after(
                 after=after,
                 integer=integer,
                 reason=reason,
-                weight_bits=row.weight_bits if integer else None,
+                weight_bits=row.weight_bits if row.name in made else None,
                 activation_bits=row.activation_bits if integer else None,
                 sqnr_db=sqnr.get(row.name),
             )
@@ -213,6 +211,8 @@ def rows_after(
 
 def _made(gm: fx.GraphModule, node: fx.Node) -> tuple[str, str, bool]:
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, Leaf) and module.storage_only:
+        return module.kernel, "float", False
     kernel = module.kernel if isinstance(module, Leaf) else "moves integers"
     first = next((n for n in tensor_inputs(node) if isinstance(value(n), Tensor)), None)
     types = [_type(value(n)) for n in (first, node) if n is not None]

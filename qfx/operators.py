@@ -6,7 +6,7 @@ One row an op, by its ATen name without the overload. ``kind`` decides how the o
 * BINARY, OWN: integer in, integer out with a scale of its own; quantized where all inputs come from integer kernels.
 * UNARY: one integer in, one out: a table of 256 entries at most.
 * SHARE: moves or selects elements (or takes their maximum): the output has its input's scale.
-* FLOAT: stays float by rule, with the reason.
+* FLOAT: stays float by rule, with the reason. Its ``table``, where it has one, may be stored in integers all the same.
 
 What has no row is unknown, and stays float with that as its reason.
 """
@@ -36,13 +36,14 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Op:
-    """One row. ``channel_axis`` is the weight's axis of output channels; ``weight`` and ``bias`` argument positions."""
+    """One row. ``channel_axis``: the weight's axis of output channels; ``weight``, ``bias``, ``table``: arguments."""
 
     name: str
     kind: Kind
     weight: int | None = None
     bias: int | None = None
     channel_axis: int = 0
+    table: int | None = None
     reason: str = ""
 
 
@@ -51,6 +52,7 @@ def _rows(kind: Kind, names: str, **columns: Any) -> Iterable[Op]:
 
 
 _STATISTICS = "its statistics need more than 8 bits"
+_LOOKUP = "embeddings stay float: a lookup multiplies nothing"
 _FLOAT = {
     "layer_norm native_layer_norm": f"LayerNorm stays float: {_STATISTICS}",
     "rms_norm": f"RMSNorm stays float: {_STATISTICS}",
@@ -58,7 +60,7 @@ _FLOAT = {
     "batch_norm _native_batch_norm_legit_no_training": "batch norm that no neighbour can absorb stays float",
     "softmax _softmax log_softmax": "Softmax stays float: its exponentials span too many magnitudes",
     "scaled_dot_product_attention": "attention stays float: it contains a Softmax",
-    "embedding embedding_bag": "embeddings stay float: a lookup multiplies nothing",
+    "embedding_bag": _LOOKUP,
     "cross_entropy_loss nll_loss nll_loss_nd mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
     "binary_cross_entropy_with_logits kl_div": "losses stay float",
     "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell": "recurrent layers stay float: errors add up over time",
@@ -94,6 +96,7 @@ OPS: dict[str, Op] = {
             "pixel_shuffle pixel_unshuffle channel_shuffle index_select max_pool1d max_pool2d max_pool3d cat stack "
             "pad constant_pad_nd upsample_nearest1d upsample_nearest2d upsample_nearest3d",
         ),
+        _rows(Kind.FLOAT, "embedding", table=0, reason=_LOOKUP),
         *(_rows(Kind.FLOAT, names, reason=reason) for names, reason in _FLOAT.items()),
     )
     for row in rows
@@ -134,7 +137,7 @@ def tensor_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
 def activations(node: fx.Node) -> tuple[int, ...]:
     """Positions, in :func:`tensor_inputs`, of the floating-point data: not weight, bias, sizes or indices."""
     op = lookup(node)
-    places = (op.weight, op.bias) if op else ()
+    places = (op.weight, op.bias, op.table) if op else ()
     fixed = {id(node.args[p]) for p in places if p is not None and p < len(node.args)}
     return tuple(i for i, n in enumerate(tensor_inputs(node)) if id(n) not in fixed and _carries_data(value(n)))
 

@@ -7,6 +7,7 @@ Plain tensors in and out: ``torch.uint8``, ``torch.int8``, ``torch.int32``. Mean
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ _SCHEMAS = (
     "choose_qparams(Tensor x, int? axis, int? group_size, bool symmetric, int quant_min, int quant_max)"
     " -> (Tensor, Tensor)",
     "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int? group_size, int quant_min,"
-    " int quant_max) -> (Tensor, Tensor)",
+    " int quant_max, *, float? clamp_min=None, float? clamp_max=None, bool straight_through=False)"
+    " -> (Tensor, Tensor)",
+    "fake_quantize_backward(Tensor grad, Tensor mask) -> Tensor",
+    "fake_quantize_learned(Tensor x, Tensor scale, Tensor zero_point, int? axis, int? group_size, int quant_min,"
+    " int quant_max, float gradient_scale, *, float? clamp_min=None, float? clamp_max=None) -> Tensor",
+    "fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, int? group_size,"
+    " int quant_min, int quant_max, float gradient_scale, *, float? clamp_min=None, float? clamp_max=None)"
+    " -> (Tensor, Tensor)",
     "unpack(Tensor packed, int bits, bool signed, int length) -> Tensor",
 )
 for _schema in _SCHEMAS:
@@ -99,20 +107,6 @@ def _choose_qparams(
     return affine.choose_qparams(low, high, symmetric=symmetric, quant_min=quant_min, quant_max=quant_max)
 
 
-def _fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    axis: int | None,
-    group_size: int | None,
-    quant_min: int,
-    quant_max: int,
-) -> tuple[Tensor, Tensor]:
-    return affine.fake_quantize(
-        x, scale, zero_point, axis=axis, group_size=group_size, quant_min=quant_min, quant_max=quant_max
-    )
-
-
 def _kernel_dequantize(
     q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group_size: int | None, dtype: torch.dtype
 ) -> Tensor:
@@ -123,7 +117,10 @@ for _name, _cpu, _any in (
     ("quantize", kernels.quantize, _quantize),
     ("dequantize", _kernel_dequantize, _dequantize),
     ("choose_qparams", _choose_qparams, _choose_qparams),
-    ("fake_quantize", kernels.fake_quantize, _fake_quantize),
+    ("fake_quantize", kernels.fake_quantize, kernels.fake_quantize),
+    ("fake_quantize_backward", kernels.fake_quantize_backward, kernels.fake_quantize_backward),
+    ("fake_quantize_learned", kernels.fake_quantize_learned, kernels.fake_quantize_learned),
+    ("fake_quantize_learned_backward", kernels.fake_quantize_learned_backward, kernels.fake_quantize_learned_backward),
     ("unpack", unpack, unpack),
 ):
     _LIBRARY.impl(_name, _cpu, "CPU")
@@ -161,10 +158,22 @@ def _shape_choose_qparams(
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
 
 
-def _shape_fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: Any, group_size: Any, low: int, high: int
-) -> tuple[Tensor, Tensor]:
+def _shape_fake_quantize(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+
+
+def _shape_fake_quantize_backward(grad: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(mask, dtype=grad.dtype)
+
+
+def _shape_fake_quantize_learned(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _shape_fake_quantize_learned_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=grad.dtype), scale.new_empty(scale.shape)
 
 
 def _shape_unpack(packed: Tensor, bits: int, signed: bool, length: int) -> Tensor:
@@ -176,30 +185,125 @@ for _name, _shape in (
     ("dequantize", _shape_dequantize),
     ("choose_qparams", _shape_choose_qparams),
     ("fake_quantize", _shape_fake_quantize),
+    ("fake_quantize_backward", _shape_fake_quantize_backward),
+    ("fake_quantize_learned", _shape_fake_quantize_learned),
+    ("fake_quantize_learned_backward", _shape_fake_quantize_learned_backward),
     ("unpack", _shape_unpack),
 ):
     torch.library.register_fake(f"qfx::{_name}", _shape, lib=_LIBRARY)
 
 
-# --- the straight-through estimator -----------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
+#
+# Written as kernels at the Autograd key around torch.autograd.Function: half the cost of a call under
+# torch.library.register_autograd, and seen by Dynamo, AOTAutograd and export in the same way.
 
 
-def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+def _plain(*tensors: Tensor) -> bool:
+    """True where the loops may be called without a further dispatch: no mode and no subclass wants to see the call."""
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_cpu:
+            return False
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
-def _straight_through(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    (mask,) = ctx.saved_tensors
-    return grad * mask, None, None, None, None, None, None
+def _below_autograd(op: Any, kernel: Callable[..., Any], tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+    if _plain(*tensors):
+        return kernel(*tensors, *args, **kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*tensors, *args, **kwargs)
 
 
-torch.library.register_autograd("qfx::fake_quantize", _straight_through, setup_context=_save_mask, lib=_LIBRARY)
-for _name in ("quantize", "dequantize", "choose_qparams", "unpack"):  # results without gradient, and no warning
+class _FakeQuantize(torch.autograd.Function):
+    """The straight-through estimator: the mask is all that backward needs, and not even that where all of it is True."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        y, mask = _below_autograd(fake_quantize, kernels.fake_quantize, (x, scale, zero_point), *args, **kwargs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mask)
+        clamps = kwargs.get("clamp_min") is not None or kwargs.get("clamp_max") is not None
+        ctx.masked = clamps or not kwargs.get("straight_through", False)
+        if ctx.masked:
+            ctx.save_for_backward(mask)
+        return y, mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is not None and ctx.masked:
+            grad = _autograd_fake_quantize_backward(grad, *ctx.saved_tensors)
+        return grad, None, None, None, None
+
+
+class _FakeQuantizeBackward(torch.autograd.Function):
+    """Linear in the gradient: the second derivative is the same mask again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        out: Tensor = _below_autograd(fake_quantize_backward, kernels.fake_quantize_backward, (grad, mask))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _autograd_fake_quantize_backward(grad, *ctx.saved_tensors), None
+
+
+class _FakeQuantizeLearned(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        tensors = (x, scale, zero_point)
+        ctx.save_for_backward(*tensors)
+        ctx.args, ctx.kwargs = args, kwargs
+        y: Tensor = _below_autograd(fake_quantize_learned, kernels.fake_quantize_learned, tensors, *args, **kwargs)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        op, kernel = fake_quantize_learned_backward, kernels.fake_quantize_learned_backward
+        grads = _below_autograd(op, kernel, (grad, *ctx.saved_tensors), *ctx.args, **ctx.kwargs)
+        return *grads, None, None, None
+
+
+def _autograd_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if x.requires_grad and torch.is_grad_enabled():
+        return _FakeQuantize.apply(x, scale, zero_point, args, kwargs)
+    return _below_autograd(fake_quantize, kernels.fake_quantize, (x, scale, zero_point), *args, **kwargs)
+
+
+def _autograd_fake_quantize_backward(grad: Tensor, mask: Tensor) -> Any:
+    if grad.requires_grad and torch.is_grad_enabled():
+        return _FakeQuantizeBackward.apply(grad, mask)
+    return _below_autograd(fake_quantize_backward, kernels.fake_quantize_backward, (grad, mask))
+
+
+def _autograd_fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, *args: Any, **kwargs: Any) -> Any:
+    tensors = (x, scale, zero_point)
+    if (x.requires_grad or scale.requires_grad) and torch.is_grad_enabled():
+        return _FakeQuantizeLearned.apply(*tensors, args, kwargs)
+    return _below_autograd(fake_quantize_learned, kernels.fake_quantize_learned, tensors, *args, **kwargs)
+
+
+for _name, _autograd in (
+    ("fake_quantize", _autograd_fake_quantize),
+    ("fake_quantize_backward", _autograd_fake_quantize_backward),
+    ("fake_quantize_learned", _autograd_fake_quantize_learned),
+):
+    _LIBRARY.impl(_name, _autograd, "Autograd")
+# Results without gradient, and no warning.
+for _name in ("quantize", "dequantize", "choose_qparams", "unpack", "fake_quantize_learned_backward"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 quantize = torch.ops.qfx.quantize.default
 dequantize = torch.ops.qfx.dequantize.default
 choose_qparams = torch.ops.qfx.choose_qparams.default
 fake_quantize = torch.ops.qfx.fake_quantize.default
+fake_quantize_backward = torch.ops.qfx.fake_quantize_backward.default
+fake_quantize_learned = torch.ops.qfx.fake_quantize_learned.default
+fake_quantize_learned_backward = torch.ops.qfx.fake_quantize_learned_backward.default
 unpack_op = torch.ops.qfx.unpack.default

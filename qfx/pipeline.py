@@ -88,9 +88,13 @@ class Pipeline:
         i = self._index(name)
         return Pipeline((*self.passes[:i], new, *self.passes[i + 1 :]))
 
-    def split(self) -> tuple[Pipeline, Pipeline]:
-        """The passes before and behind calibration, which is no pass: it needs data."""
-        i = next((i for i, p in enumerate(self.passes) if p.stage[0] >= Stage.CALIBRATED), len(self.passes))
+    def split(self, stage: Stage = Stage.PREPARED) -> tuple[Pipeline, Pipeline]:
+        """The passes that leave a graph at ``stage`` at most, and those behind.
+
+        By default: before and behind calibration (or training), which is no pass: it needs data.
+        """
+        beyond = (i for i, p in enumerate(self.passes) if max(p.stage) > stage)
+        i = next(beyond, len(self.passes))
         return Pipeline(self.passes[:i]), Pipeline(self.passes[i:])
 
     def run(self, gm: fx.GraphModule, *, hook: Hook | None = None) -> fx.GraphModule:

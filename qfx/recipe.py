@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from qfx.errors import ConfigError
-from qfx.observers import Histogram, MinMax
+from qfx.observers import Histogram, MinMax, Mse
 from qfx.spec import (
     INT4,
     INT8,
@@ -28,6 +28,7 @@ from qfx.spec import (
     QuantSpec,
     Scheme,
 )
+from qfx.training import Learned, Moving, Ranges
 
 
 @dataclass(frozen=True)
@@ -83,25 +84,38 @@ class _Keep:
 KEEP = _Keep()
 Part = QuantSpec | int | None | _Keep
 
+EMBEDDING_BITS = (4, 8)
+
 
 @dataclass(frozen=True)
 class Recipe:
     """An ordered table of rules over a default.
 
-    ``reduce_range`` observes activations in 7 bits, for CPUs whose 8-bit kernels saturate. Recipes print, compare and
-    hash as values; every method returns a new one.
+    ``reduce_range`` observes activations in 7 bits, for CPUs whose 8-bit kernels saturate. ``embedding_storage``: the
+    bits in which embeddings keep their tables, None for float; they compute in float either way. Recipes print, compare
+    and hash as values; every method returns a new one. ``ends``: what the first and the last layers get that no rule
+    names, found in the graph: those with no other layer before, or behind.
     """
 
     name: str
     default: QConfig
     rules: tuple[QuantRule, ...] = ()
     reduce_range: bool = False
+    embedding_storage: int | None = None
+    ends: QConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.embedding_storage is not None and self.embedding_storage not in EMBEDDING_BITS:
+            raise ConfigError(
+                f"embeddings cannot be stored in {self.embedding_storage!r} bits",
+                hint="choose " + " or ".join(map(str, EMBEDDING_BITS)) + ", or None for float",
+            )
 
     # --- presets ------------------------------------------------------------------------------------------------
 
     @classmethod
     def preset(cls, name: str) -> Recipe:
-        """The preset of that name: ``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``.
+        """The preset of that name: ``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``, ``w4a4_lsq`` and its like.
 
         Raises:
             ConfigError: there is no such preset; the text lists those there are.
@@ -130,10 +144,31 @@ class Recipe:
         return PRESETS["w8a16"]
 
     @classmethod
-    def w4a16(cls, group_size: int = 128) -> Recipe:
-        """Linear weights in 4 bits per group of 32, 64 or 128, everything else as it is."""
-        name = "w4a16" if _WEIGHT4.granularity == PerGroup(group_size) else f"w4a16_g{group_size}"
-        return _weight_only(name, replace(_WEIGHT4, granularity=PerGroup(group_size)))
+    def w4a16(cls, group_size: int = 128, *, ranges: Ranges = Moving()) -> Recipe:
+        """Linear weights in 4 bits per group of 32, 64 or 128, everything else as it is; ``ranges`` is for training."""
+        return _grouped(4, group_size, ranges)
+
+    @classmethod
+    def w3a16(cls, group_size: int = 128, *, ranges: Ranges = Moving()) -> Recipe:
+        """As :meth:`w4a16`, in 3 bits."""
+        return _grouped(3, group_size, ranges)
+
+    @classmethod
+    def lsq(cls, weight_bits: int, activation_bits: int) -> Recipe:
+        """Learned step sizes for weights per channel and activations per tensor, to be trained with ``mode="qat"``.
+
+        The first and last layers, sums and averages have 8 bits, as is usual below 8 bits: a residual stream that is
+        rounded to 2 bits at every sum carries nothing. Method: Esser et al., 2020 (arXiv:1902.08153).
+        """
+        narrow, wide = _learned(weight_bits, activation_bits), _learned(8, 8)
+        why = "sums and averages keep 8 bits"
+        rules = tuple(QuantRule(wide, op=op, why=why, own=True) for op in ("add", "mul", "mean", "*avg_pool*"))
+        return Recipe(f"w{weight_bits}a{activation_bits}_lsq", narrow, rules, ends=wide)
+
+    @classmethod
+    def w4a4_lsq(cls) -> Recipe:
+        """:meth:`lsq` in 4 bits."""
+        return PRESETS["w4a4_lsq"]
 
     # --- refinement ---------------------------------------------------------------------------------------------
 
@@ -168,6 +203,17 @@ class Recipe:
         )
         return self._with(layer, op, module, qconfig, why or "the recipe sets it")
 
+    def with_embedding_storage(self, bits: int | None = 8) -> Recipe:
+        """Keep the tables of embeddings in 8 bits (a scale per row), 4 (a scale per 32 columns), or in float (None).
+
+        A lookup gathers integers and dequantizes only those; its result stays float. A table that the recipe skips
+        (``skip("embeddings.word")``), or that is read in float elsewhere too, stays float, with a note that says so.
+
+        Raises:
+            ConfigError: no table is stored in so many bits.
+        """
+        return replace(self, embedding_storage=bits)
+
     def _with(
         self,
         layer: str | type[nn.Module] | None,
@@ -192,13 +238,18 @@ class Recipe:
 
     # --- resolution ---------------------------------------------------------------------------------------------
 
-    def resolve(self, subject: Subject) -> tuple[QConfig | None, str]:
-        """The QConfig for a node, or None (float), with the words of the rule that decided."""
+    def resolve(self, subject: Subject, *, end: bool = False) -> tuple[QConfig | None, str]:
+        """The QConfig for a node, or None (float), with the words of the rule that decided.
+
+        ``end``: it is a first or last layer.
+        """
         rule = next((rule for rule in self.rules if rule.matches(subject)), None)
-        qconfig = self.default if rule is None else rule.qconfig
+        by_place = self.ends if end and self.ends is not None else self.default
+        qconfig = by_place if rule is None else rule.qconfig
         if qconfig is not None and self.reduce_range and qconfig.activation is not None:
             qconfig = replace(qconfig, activation=_reduced(qconfig.activation))
-        return qconfig, (rule.why if rule else "")
+        why = "a first or last layer" if by_place is not self.default else ""
+        return qconfig, (rule.why if rule else why)
 
     def unmatched(self, subjects: Collection[Subject]) -> tuple[QuantRule, ...]:
         """The user's rules that match none of ``subjects``."""
@@ -206,6 +257,7 @@ class Recipe:
 
     def __str__(self) -> str:
         lines = [f"Recipe {self.name}" + (" with reduced range" if self.reduce_range else "")]
+        lines += [f"  embeddings stored in {self.embedding_storage} bits"] if self.embedding_storage else []
         lines += [f"  {i}. {rule}" for i, rule in enumerate(self.rules, 1)]
         return "\n".join([*lines, f"  else: {self.default}"])
 
@@ -232,6 +284,17 @@ _WEIGHT8 = QuantSpec(INT8, Scheme.SYMMETRIC, PerAxis(0), MinMax)
 _WEIGHT4 = QuantSpec(INT4, Scheme.SYMMETRIC, PerGroup(128), MinMax)
 
 
+def _learned(weight_bits: int, activation_bits: int) -> QConfig:
+    activation = replace(_ACTIVATION8, element=IntType(activation_bits, False), ranges=Learned())
+    weight = replace(_WEIGHT8, element=IntType(weight_bits, True), observer=Mse, ranges=Learned())
+    return QConfig(activation, weight)
+
+
+def _grouped(bits: int, group_size: int, ranges: Ranges) -> Recipe:
+    spec = replace(_WEIGHT4, element=IntType(bits, True), granularity=PerGroup(group_size), ranges=ranges)
+    return _weight_only(f"w{bits}a16" + (f"_g{group_size}" if group_size != 128 else ""), spec)
+
+
 def _linear_only(name: str, default: QConfig) -> Recipe:
     why = f"{name} quantizes linear layers only"
     return Recipe(name, default, (QuantRule(default, op="linear", own=True), QuantRule(None, why=why, own=True)))
@@ -246,4 +309,5 @@ PRESETS: dict[str, Recipe] = {
     "int8_dynamic": _linear_only("int8_dynamic", QConfig(_TOKEN8, _WEIGHT8)),
     "w8a16": _weight_only("w8a16", _WEIGHT8),
     "w4a16": _weight_only("w4a16", _WEIGHT4),
+    **{r.name: r for r in (Recipe.lsq(w, a) for w, a in ((8, 8), (4, 8), (4, 4), (3, 3), (2, 2)))},
 }

@@ -24,7 +24,7 @@ from qfx.examples import Example, as_example
 from qfx.graph_module import CapturedModule
 from qfx.growth import differences
 from qfx.meta import add_notes
-from qfx.shadow import shadow_of, undisturbed
+from qfx.shadow import shadow_of, train_flags, trainable_copy, undisturbed
 from qfx.structure import flatten
 from qfx.subject import Subject
 
@@ -48,7 +48,12 @@ class Regions:
 
 
 def capture_regions(
-    model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None, tries: int = TRIES
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dynamic_shapes: Any = None,
+    training: bool = False,
+    tries: int = TRIES,
 ) -> Regions:
     """Capture the whole of ``model`` or, where that cannot be done, the largest of its children that can be captured.
 
@@ -56,6 +61,7 @@ def capture_regions(
         model: the float model; it is left bit-identical.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         dynamic_shapes: as for :func:`qfx.capture.capture`; children are as free as the model's own runs show.
+        training: as for :func:`qfx.capture.capture`; the Python code around graphs gets parameters of its own, too.
         tries: how many children are exported at most.
 
     Raises:
@@ -63,16 +69,18 @@ def capture_regions(
         ConfigError: ``dynamic_shapes`` names an argument that the model has not.
     """
     try:
-        whole = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        whole = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
     except UncapturableError as error:
-        return _parts(original(model), as_example(example_inputs), error, tries)
+        whole_model = trainable_copy(original(model)) if training else original(model)
+        return _parts(whole_model, as_example(example_inputs), error, tries, training)
     return Regions(whole, {"": whole})
 
 
-def _parts(model: nn.Module, example: Example, stop: UncapturableError, tries: int) -> Regions:
+def _parts(model: nn.Module, example: Example, stop: UncapturableError, tries: int, training: bool) -> Regions:
     with undisturbed():
         scratch, notes = shadow_of(model)
-        subject = Subject.of(model, scratch, example)
+        flags = train_flags(model, scratch) if training else None
+        subject = Subject.of(model, scratch, example, flags=flags)
         search = _Search(subject, record(subject), tries)
         search.run()
     if not search.graphs:
@@ -82,12 +90,13 @@ def _parts(model: nn.Module, example: Example, stop: UncapturableError, tries: i
             source=stop.source,
             hint=stop.hint,
         ) from stop
-    result, _ = shadow_of(model)
+    result = model.eval() if training else shadow_of(model)[0]
     graphs = {path: search.graphs[path] for path, _ in model.named_modules() if path in search.graphs}
     for path, graph in graphs.items():
         replace(result, result.get_submodule(path), graph)
         add_notes(graph, NOTES, notes)
-    warn_of_training(model)
+    if not training:
+        warn_of_training(model)
     return Regions(result, graphs, f"{stop.source}: {stop.what}".removeprefix(": "), search.skipped)
 
 
@@ -137,7 +146,7 @@ class _Search:
         child, shadow = self.whole.model.get_submodule(path), self.whole.shadow.get_submodule(path)
         if type(child) in self.refused:
             return f"another {type(child).__name__} was refused"
-        used = usage(self.calls.get(path, ()), child, shadow, path)
+        used = usage(self.calls.get(path, ()), child, shadow, path, self.whole.flags)
         if isinstance(used, str):
             return used
         if self.tries == 0:

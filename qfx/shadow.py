@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qfx.errors import CaptureError
 
@@ -24,15 +25,56 @@ def shadow_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
     Raises:
         CaptureError: the model cannot be copied.
     """
+    shadow = _copied(model, {id(t): twin for t, twin in _twins(model)})
+    shadow.eval()
+    return shadow, _without_cache(shadow)
+
+
+def trainable_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with memory of its own, in the same modes, for training that leaves ``model`` as it is.
+
+    Raises:
+        CaptureError: the model cannot be copied.
+    """
+    return _copied(model, {id(v): v.detach().clone() for m in model.modules() for v in _made_by_autograd(m)})
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
-        shadow = copy.deepcopy(model, {id(t): twin for t, twin in _twins(model)})
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}",
-            hint="capture works on a copy.deepcopy of the model that shares its weights; drop what cannot be copied",
+            hint="capture works on a copy.deepcopy of the model; drop what cannot be copied",
         ) from error
-    shadow.eval()
-    return shadow, _without_cache(shadow)
+
+
+def train_flags(model: nn.Module, shadow: nn.Module) -> dict[nn.Module, bool]:
+    """Which modules of the stand-in train: those of ``model`` that do, or all where the model as a whole is in eval mode."""
+    whole = model.training
+    own = dict(model.named_modules())
+    return {module: own[path].training if whole else True for path, module in shadow.named_modules()}
+
+
+@contextmanager
+def switched(flags: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """The modules in the modes of ``flags``; afterwards in eval mode.
+
+    A batch norm that averages cumulatively (``momentum=None``) reads its counter's value, which a trace cannot: it gets
+    a momentum meanwhile, which nobody uses.
+    """
+    cumulative = [m for m in flags if isinstance(m, _BatchNorm) and m.momentum is None]
+    try:
+        for module, training in flags.items():
+            module.training = training
+        for module in cumulative:
+            module.momentum = 0.1
+        yield
+    finally:
+        for module in flags:
+            module.training = False
+        for module in cumulative:
+            module.momentum = None
 
 
 def _twins(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -43,7 +85,11 @@ def _twins(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     for parameter in model.parameters():
         yield parameter, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     for module in model.modules():
-        yield from ((v, v.detach()) for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
+        yield from ((v, v.detach()) for v in _made_by_autograd(module))
+
+
+def _made_by_autograd(module: nn.Module) -> list[Tensor]:
+    return [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
 
 
 def _without_cache(shadow: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qfx.errors import ConfigError
+from qfx.training import Estimator, Moving, Ranges
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -130,6 +131,7 @@ class QuantSpec:
 
     ``observer`` is a factory ``factory(spec) -> Observer``; it is not used when ``dynamic`` is set.
     ``narrow_range`` leaves out the lowest integer, so that a symmetric signed type is symmetric in its values too.
+    ``ranges`` and ``estimator`` say how quantization-aware training treats the tensor (:mod:`qfx.training`).
     """
 
     element: IntType
@@ -138,6 +140,8 @@ class QuantSpec:
     observer: ObserverFactory | None = None
     dynamic: bool = False
     narrow_range: bool = False
+    ranges: Ranges = Moving()
+    estimator: Estimator = Estimator.CLIPPED
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, PerToken) and not self.dynamic:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,20 @@ class Subject:
     structure: Container
     tensors: tuple[Tensor, ...]
     path: str = ""
+    flags: Mapping[nn.Module, bool] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, shadow: nn.Module, example: Example, path: str = "") -> Subject:
+    def of(
+        cls,
+        model: nn.Module,
+        shadow: nn.Module,
+        example: Example,
+        path: str = "",
+        flags: Mapping[nn.Module, bool] | None = None,
+    ) -> Subject:
         """Bind the example to the model's signature; ``path`` is where a child stands in the user's whole model.
+
+        ``flags`` says which modules of the stand-in train; None where the model is captured as it is in eval mode.
 
         Raises:
             CaptureError: wrong arity, or a tensor without values.
@@ -48,11 +58,15 @@ class Subject:
         if not leaves:
             raise CaptureError("example_inputs holds no tensor", hint="give at least one tensor")
         form = CallForm.of(example.args, example.kwargs)
-        return cls(model, shadow, parameters, form, structure, _distinct(leaves), path)
+        return cls(model, shadow, parameters, form, structure, _distinct(leaves), path, flags)
 
     @property
     def name(self) -> str:
         return type(self.model).__name__
+
+    @property
+    def training(self) -> bool:
+        return self.flags is not None
 
     def ladder(self, dynamic_shapes: Any = None) -> tuple[Freedom, ...]:
         """Which sizes to leave free, from the most to the least; only what the user asked for, where something is."""

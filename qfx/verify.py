@@ -14,12 +14,13 @@ from torch import fx
 from qfx.errors import VerifyError
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import info, value
-from qfx.operators import Kind, is_constant, lookup, mutates, name_of, tensor_inputs
+from qfx.operators import Kind, Op, is_constant, lookup, mutates, name_of, tensor_inputs
 from qfx.ops import dequantize, quantize
 from qfx.printer import show_node
 from qfx.spec import QuantSpec
 from qfx.stage import Stage
 from qfx.targets import Leaf
+from qfx.training import DropoutMark, DropPathMark
 
 Finding = tuple[fx.Node, str]
 
@@ -74,8 +75,16 @@ def _known_specs(gm: fx.GraphModule) -> Iterator[Finding]:
         if known.inputs and len(known.inputs) != len(tensor_inputs(node)):
             yield node, "it has not one spec for each tensor input"
         row = lookup(node)
-        if known.quantized and (row is None or row.kind is Kind.FLOAT or mutates(node)):
+        fits = row is not None and not mutates(node) and (row.kind is not Kind.FLOAT or _stores(node, row))
+        if known.quantized and known.mark is None and not fits:
             yield node, "an operator without integer form is annotated"
+
+
+def _stores(node: fx.Node, row: Op) -> bool:
+    """True where nothing of a float operator is annotated but its table, which is stored in integers."""
+    known = info(node)
+    specified = [n for n, spec in zip(tensor_inputs(node), known.inputs, strict=False) if spec is not None]
+    return row.table is not None and known.output is None and specified == [node.args[row.table]]
 
 
 def _observed(gm: fx.GraphModule) -> Iterator[Finding]:
@@ -84,6 +93,8 @@ def _observed(gm: fx.GraphModule) -> Iterator[Finding]:
             source = tensor_inputs(node)[position]
             if not isinstance(spec, QuantSpec) or not isinstance(value(source), torch.Tensor | None):
                 continue
+            while isinstance(info(source).mark, DropoutMark | DropPathMark):  # what it drops was rounded before
+                source = source.args[0]  # type: ignore[assignment]
             module = _fake_quant(gm, source)
             if module is None or module.spec != spec:
                 yield node, f"its input {position} has no FakeQuantize of its spec"

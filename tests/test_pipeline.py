@@ -76,6 +76,7 @@ def test_the_default_order() -> None:
         "fuse-bn-conv",
         "fuse-epilogues",
         "annotate",
+        "store-embeddings",
         "share-scales",
         "insert-observers",
         "convert",

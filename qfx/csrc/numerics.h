@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 namespace qfx {
 
@@ -34,6 +35,13 @@ template <class Fn>
 void with_number(int kind, const Fn& fn) {
   with_integer(kind, fn);
   if (kind == kFloat32) fn(static_cast<float*>(nullptr));
+}
+
+// Call fn with std::true_type or std::false_type.
+template <class Fn>
+void with_bool(bool value, const Fn& fn) {
+  if (value) fn(std::true_type{});
+  else fn(std::false_type{});
 }
 
 // The difference wraps as torch's int32 does, instead of being undefined for absurd zero points.

@@ -5,7 +5,17 @@ from __future__ import annotations
 import difflib
 
 from qfx.errors import ConfigError
-from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams, Slot, Step, Target
+from qfx.targets.base import (
+    AnchorRegion,
+    DynamicQParams,
+    Leaf,
+    LookupRegion,
+    PointRegion,
+    QParams,
+    Slot,
+    Step,
+    Target,
+)
 from qfx.targets.reference import Reference
 from qfx.targets.x86 import X86
 
@@ -43,6 +53,7 @@ __all__ = [
     "AnchorRegion",
     "DynamicQParams",
     "Leaf",
+    "LookupRegion",
     "PointRegion",
     "QParams",
     "Slot",

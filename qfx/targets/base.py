@@ -74,7 +74,8 @@ class AnchorRegion:
     QParams, else ``dtype``.
 
     ``args``: the ATen arguments behind the bias (stride, padding, dilation, groups, ... as the op orders them).
-    ``weight``: integers of the op's own weight shape, int8 or uint8. ``bias_scale`` None: ``bias`` is float.
+    ``weight``: integers of the op's own weight shape, int8 or uint8; ``stored``: as the graph stores them, packed where
+    they are narrow, if they are to be shared. ``bias_scale`` None: ``bias`` is float.
     """
 
     op: Op
@@ -90,6 +91,7 @@ class AnchorRegion:
     output: QParams | None
     dtype: torch.dtype
     second: QParams | None = None  # a matrix product's second operand
+    stored: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,32 @@ class PointRegion:
             torch.equal(q.scale, self.output.scale) and torch.equal(q.zero_point, self.output.zero_point)
             for q in self.inputs
         )
+
+
+@dataclass(frozen=True)
+class LookupRegion:
+    """An embedding whose table is dequantized: ``op(dequantize(table), indices)``.
+
+    The leaf is called with ``(indices,)``, int32 or int64 of any shape; it gives ``[*indices.shape, length]`` of
+    ``dtype``.
+
+    ``table``: the integers as the graph stores them, ``[rows, length]``, those of 4 bits and fewer packed
+    (:func:`qfx.ops.pack`). Another layer's region may hold the same tensor. ``signed``: they are int8, else uint8.
+    """
+
+    op: Op
+    table: Tensor
+    bits: int
+    signed: bool
+    length: int
+    qparams: QParams
+    dtype: torch.dtype
+
+    @property
+    def by_row(self) -> bool:
+        """True where every row has its own scales, or all have one: rows can be dequantized by themselves."""
+        axis, group_size = self.qparams.axis, self.qparams.group_size
+        return axis is None or (axis in (0, -2) and group_size is None) or (axis in (1, -1) and group_size is not None)
 
 
 @dataclass(frozen=True)
@@ -145,13 +173,15 @@ def _operator(name: str, overload: str) -> Operator:
 class Leaf(nn.Module):
     """Base of lowered layers.
 
-    ``kernel`` names what runs, for the table. ``weight_only`` leaves pass gradients. ``channels_last``: the leaf reads
-    4-dimensional data fastest in that memory format. ``overwrites``: it may write its result over its last input;
+    ``kernel`` names what runs, for the table. ``weight_only`` leaves pass gradients. ``storage_only``: integers are
+    kept and not computed with, the operator is a float one. ``channels_last``: the leaf reads 4-dimensional data
+    fastest in that memory format. ``overwrites``: it may write its result over its last input;
     the pass ``reuse-memory`` sets it where nobody reads that input afterwards.
     """
 
     kernel: str = ""
     weight_only: bool = False
+    storage_only: bool = False
     channels_last: bool = False
     overwrites: bool = False
 
@@ -180,6 +210,8 @@ class Target(Protocol):
     def lower_anchor(self, region: AnchorRegion) -> Leaf | NoMatch: ...
 
     def lower_point(self, region: PointRegion) -> Leaf | NoMatch: ...
+
+    def lower_lookup(self, region: LookupRegion) -> Leaf | NoMatch: ...
 
 
 def fill(template: Any, tensors: tuple[Tensor, ...]) -> Any:

@@ -18,7 +18,18 @@ from qfx.operators import Op
 from qfx.ops import pack, storage_bits, unpack
 from qfx.patterns import NoMatch
 from qfx.spec import PerAxis, PerGroup, PerTensor, PerToken, QConfig
-from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, Operator, PointRegion, QParams, fill
+from qfx.targets.base import (
+    AnchorRegion,
+    DynamicQParams,
+    Leaf,
+    LookupRegion,
+    Operator,
+    PointRegion,
+    QParams,
+    fill,
+)
+
+NOT_BY_ROW = "the table has scales across its rows, so that one row cannot be dequantized by itself"
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,9 @@ class Reference:
 
     def lower_point(self, region: PointRegion) -> Leaf | NoMatch:
         return PointLeaf(region)
+
+    def lower_lookup(self, region: LookupRegion) -> Leaf | NoMatch:
+        return LookupLeaf(region) if region.by_row else NoMatch(NOT_BY_ROW)
 
 
 class QParamsBuffers(nn.Module):
@@ -133,7 +147,8 @@ class AnchorLeaf(_Epilogue):
         self.weight_qparams = QParamsBuffers(region.weight_qparams)
         self.weight_shape, self.weight_bits = tuple(region.weight.shape), region.weight_bits
         self.weight_signed = region.weight.dtype == torch.int8
-        self.register_buffer("weight", pack(region.weight.flatten(1), region.weight_bits))
+        stored = pack(region.weight.flatten(1), region.weight_bits) if region.stored is None else region.stored
+        self.register_buffer("weight", stored.flatten(1))
         self.register_buffer("bias", region.bias)
         self.register_buffer("bias_scale", region.bias_scale)
 
@@ -230,3 +245,36 @@ class PointLeaf(Leaf):
         )
         args, kwargs = fill(self.args, reals), {k: fill(v, reals) for k, v in self.kwargs.items()}
         return self.output.quantize(self.target(*args, **kwargs))
+
+
+class LookupLeaf(Leaf):
+    """Rows of integers, gathered and dequantized: an embedding whose table never becomes float as a whole."""
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    weight_only = storage_only = True
+
+    def __init__(self, region: LookupRegion) -> None:
+        super().__init__()
+        zero_point = region.qparams.zero_point
+        uniform = zero_point.numel() > 0 and bool((zero_point == zero_point.flatten()[0]).all())
+        self.bits, self.signed, self.length, self.dtype = region.bits, region.signed, region.length, region.dtype
+        self.axis, self.group_size = region.qparams.axis, region.qparams.group_size
+        self.register_buffer("weight", region.table)
+        self.register_buffer("scale", region.qparams.scale.clone())
+        self.register_buffer("zero_point", zero_point.flatten()[0].clone() if uniform else zero_point)
+        self.kernel = f"reference rows of int{region.bits}"
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """``indices``, int32 or int64 of any shape, to ``[*indices.shape, length]`` of the table's float dtype."""
+        rows = indices.reshape(-1)
+        q = self.weight.index_select(0, rows)
+        if storage_bits(self.bits) < 8:
+            q = unpack(q, self.bits, self.signed, self.length)
+        scale, zero_point = (p.index_select(0, rows) if p.ndim else p for p in (self.scale, self.zero_point))
+        return self.dequantize(q, scale, zero_point).to(self.dtype).reshape(*indices.shape, self.length)
+
+    def dequantize(self, q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """float32 of the integers ``q``, ``[N, length]``, with scales and zero points of the N rows, or one number."""
+        return affine.dequantize(q, scale, zero_point, axis=self.axis, group_size=self.group_size)

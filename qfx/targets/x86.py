@@ -18,8 +18,9 @@ from qfx.cpu import onednn_has_vnni
 from qfx.operators import Op
 from qfx.patterns import NoMatch
 from qfx.spec import PerGroup, PerTensor, PerToken, QConfig, QuantSpec, Scheme
-from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, PointRegion, QParams
-from qfx.targets.reference import Reference
+from qfx.targets.base import AnchorRegion, DynamicQParams, Leaf, LookupRegion, PointRegion, QParams
+from qfx.targets.reference import NOT_BY_ROW, Reference
+from qfx.targets.x86_lookup import LoopLookupLeaf
 from qfx.targets.x86_per_token import PerTokenLeaf
 from qfx.targets.x86_point import lower_point
 from qfx.targets.x86_static import StaticLeaf
@@ -75,6 +76,9 @@ class X86:
 
     def lower_point(self, region: PointRegion) -> Leaf | NoMatch:
         return lower_point(region)
+
+    def lower_lookup(self, region: LookupRegion) -> Leaf | NoMatch:
+        return LoopLookupLeaf(region) if region.by_row else NoMatch(NOT_BY_ROW)
 
 
 def _weight_refusal(op: Op, weight: QuantSpec) -> str | None:

@@ -20,8 +20,20 @@ ROOT = Path(__file__).parents[2]
 
 # Place a new module here. A package stands for all that is in it, unless a module of it is named itself.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "values": ("affine", "errors", "metrics", "spec"),
-    "numerics": ("cpu", "fake_quant", "jit", "kernels", "memory", "observers", "ops"),
+    "values": ("affine", "errors", "metrics", "spec", "training"),
+    "numerics": (
+        "cpu",
+        "fake_quant",
+         "distributed",
+        "jit",
+        "kernels",
+        "memory",
+        "observers",
+        "ops",
+        "recompute",
+        "trained_fake_quant",
+        "training_modules",
+    ),
     "graphs": (
         "allocation",
         "attempt",
@@ -31,6 +43,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "calls",
         "capture",
         "carried",
+        "eval_form",
         "examples",
         "exported",
         "graph_module",
@@ -58,7 +71,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "verify",
     ),
     "passes": ("passes",),
-    "front": ("", "api", "artifact", "compat", "dynamo", "node_table", "onnx", "parity", "report", "testing"),
+    "front": ("", "agreement", "api", "batch_statistics", "clipping", "distillation", "artifact", "compat", "dynamo", "node_table", "onnx", "parity", "report", "testing"),
     "tools": ("tools",),
 }
 # Beside the layers: reference models know nothing of qfx, and only tools may use them.

@@ -321,7 +321,7 @@ def test_packed_weights_tell_their_bits(net, calibrated) -> None:
 
 def test_leaves_bear_the_layers_path(net, calibrated) -> None:
     gm = lowered(calibrated(net(lambda self, x: self.a(self.a(x)), a=conv()), X), X, tolerance=STEP)
-    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["a_conv2d", "a"]
+    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["a", "a_conv2d_1"]
 
 
 class Scores(nn.Module):

@@ -1,0 +1,46 @@
+"""Batch-norm statistics measured anew on a trained model, before it is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from qfx.errors import ConfigError
+from qfx.examples import Example, calibration_call
+from qfx.shadow import undisturbed
+from qfx.training_modules import LiveBatchNorm
+
+
+def reestimate(prepared: nn.Module, data: Iterable[Any], example: Example) -> int:
+    """Give every batch norm that the user had not frozen the plain average of its statistics over ``data``.
+
+    The model computes as in eval mode otherwise, with rounding: no dropout, and no range moves. Returns the batches.
+
+    Raises:
+        ConfigError: there are no data.
+    """
+    modes = [(module, module.training) for module in prepared.modules()]
+    live = [m for m in prepared.modules() if isinstance(m, LiveBatchNorm) and not m.frozen_by_user]
+    momenta = [m.momentum for m in live]
+    batches = 0
+    try:
+        prepared.eval()
+        with undisturbed():
+            for number, item in enumerate(data):
+                call = calibration_call(item, example, number)
+                if not batches:
+                    for module in live:
+                        module.momentum, module.training = None, True
+                        module.reset_running_stats()
+                prepared(*call.args, **call.kwargs)
+                batches += 1
+    finally:
+        for module, momentum in zip(live, momenta, strict=True):
+            module.momentum = momentum
+        for module, training in modes:
+            module.training = training
+    if not batches:
+        raise ConfigError("no data to estimate batch-norm statistics from", hint="pass an iterable of training inputs")
+    return batches
