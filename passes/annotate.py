@@ -46,7 +46,7 @@ from qfx.operators import (
 )
 from qfx.origin import module_classes, source_line
 from qfx.recipe import QuantRule, Recipe, Subject
-from qfx.spec import DerivedSpec, PerAxis, QConfig, QuantSpec, SharedSpec, Spec
+from qfx.spec import PerAxis, QConfig, QuantSpec, SharedSpec, Spec, bias_spec
 from qfx.stage import Stage
 from qfx.targets import TARGETS, Target
 
@@ -304,8 +304,9 @@ class Plan:
         positions = {id(n): i for i, n in enumerate(tensor_inputs(node))}
         self.inputs.setdefault(node, {})[positions[id(node.args[row.weight])]] = qconfig.weight
         bias = node.args[row.bias] if row.bias is not None and len(node.args) > row.bias else None
-        if isinstance(bias, fx.Node) and is_constant(bias) and self._static(node):
-            self.inputs[node][positions[id(bias)]] = DerivedSpec()
+        derived = bias_spec(qconfig.activation, qconfig.weight)
+        if isinstance(bias, fx.Node) and is_constant(bias) and derived is not None:
+            self.inputs[node][positions[id(bias)]] = derived
 
     # the result
 

@@ -14,8 +14,8 @@ After::
 
 A dynamic spec chooses its parameters in the graph, by ``qfx.choose_qparams``. A bias becomes int32 at ``input_scale *
 weight_scale`` (Jacob et al., 2018, section 2.4); where it would not fit, the weight's scale of that channel grows until
-it does, which happens only where the weights are below the bias' own rounding error. Weight-only layers keep a float
-bias. Declines, with an error that names the layer, when an observer has seen nothing.
+it does, which happens only where the weights are below the bias' own rounding error. Weight-only layers, and
+layers of few bits, keep a float bias. Declines, with an error that names the layer, when an observer has seen nothing.
 """
 
 from __future__ import annotations

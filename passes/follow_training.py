@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 
 from qfx.attributes import drop_unused, exists, free_path, get_tensor, set_module
 from qfx.meta import describe, info, update, value
-from qfx.operators import argument, name_of
+from qfx.operators import name_of
 from qfx.passes import batch_norm
 from qfx.passes.convert import fake_quant_of
 from qfx.rewrite import erase_dead, insert_get
@@ -106,7 +106,8 @@ def _unfold(gm: fx.GraphModule, node: fx.Node, mark: BatchNormMark) -> None:
             node.args = (node.args[0], product.args[0], bias, *node.args[3:])
         else:
             path = free_path(gm, f"fake_quant.{node.name}_factor")
-            set_module(gm, path, BatchNormFactor(module.eps, shape, axis, groups, _is_separable(quantizer.spec, axis, groups)))
+            separable = _is_separable(quantizer.spec, axis, groups)
+            set_module(gm, path, BatchNormFactor(module.eps, shape, axis, groups, separable))
             tensors = [insert_get(gm, p, like=weight) for p in (mark.var, mark.weight) if p is not None]
             factor = gm.graph.create_node("call_module", path, tuple(tensors), {}, name=f"{node.name}_factor")
             factor.meta.update(describe(weight))

@@ -36,7 +36,7 @@ from qfx.operators import lookup, tensor_inputs
 from qfx.passes import batch_norm
 from qfx.passes.convert import fake_quant_of
 from qfx.rewrite import erase_dead, evaluate, insert_get, propagate
-from qfx.spec import DerivedSpec, QuantSpec, SharedSpec
+from qfx.spec import QuantSpec, SharedSpec, bias_spec
 from qfx.stage import Stage
 from qfx.trained_fake_quant import TrainedFakeQuantize
 from qfx.training import AttentionMark, BatchNormMark, ClampMark, DetachMark, DropoutMark, DropPathMark
@@ -93,6 +93,16 @@ def _say_spec(gm: fx.GraphModule, node: fx.Node) -> None:
     bits = weight.bits if known.bits is not None and weight is not None else known.bits
     if (inputs, output, bits) != (known.inputs, known.output, known.bits):
         update(node, inputs=inputs, output=output, bits=bits)
+        _say_bias(node)
+
+
+def _say_bias(node: fx.Node) -> None:
+    """The bias follows the bits that weight and data have in the end."""
+    row, known = lookup(node), info(node).inputs
+    if row is None or row.bias is None or len(known) != 3 or not isinstance(known[1], QuantSpec):
+        return
+    data = known[0] if isinstance(known[0], QuantSpec) else None
+    update(node, inputs=(*known[:2], bias_spec(data, known[1])))
 
 
 # --- batch norm -------------------------------------------------------------------------------------------------------
@@ -131,9 +141,8 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node, mark: BatchNormMark) -> None:
         weight.args = (product,)
         product.append(weight)
         node.args = (node.args[0], weight, *node.args[2:])
-        known = info(node).inputs
-        static = isinstance(known[0], QuantSpec) and not known[0].dynamic
-        update(node, inputs=(*known[:2], DerivedSpec() if static else None))
+        update(node, inputs=(*info(node).inputs[:2], None))
+        _say_bias(node)
     update(node, mark=None)
     live.replace_all_uses_with(node)
     gm.graph.erase_node(live)

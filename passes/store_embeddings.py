@@ -73,7 +73,8 @@ class StoreEmbeddings:
             _join(gm, _table(node), constants)
             _store(node, bits)
         notes = [str(NoMatch(f"its table stays float: {reason}", n)) for n, reason in reasons.items() if reason]
-        add_notes(gm, "embedding storage", notes if reasons else [f"no embedding to store in {bits} bits"])
+        nothing = [] if reasons else [f"{type(gm).__name__} has no embedding to store in {bits} bits"]
+        add_notes(gm, "embedding storage", notes + nothing)
         return len(stored)
 
 

@@ -18,6 +18,7 @@ fake-quantize does; ``x' = (q - zero_point) * scale``. Method: Jacob et al., 201
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -162,10 +163,11 @@ def fake_quantize(
     """
     inverse = expand_qparam(1.0 / scale, x, axis, group_size)
     offset = expand_qparam(zero_point, x, axis, group_size).to(torch.float32)
-    clamped, passes = _clamp(x.float(), clamp_min, clamp_max)
+    clamped, conditions = _clamp(x.float(), clamp_min, clamp_max)
     q = torch.round(clamped * inverse).nan_to_num(nan=0.0) + offset
     if not straight_through:
-        passes = passes & (q >= quant_min) & (q <= quant_max)
+        conditions += [q >= quant_min, q <= quant_max]
+    passes = reduce(torch.logical_and, conditions) if conditions else torch.ones_like(x, dtype=torch.bool)
     value = (q.clamp(quant_min, quant_max) - offset) * expand_qparam(scale, x, axis, group_size)
     return value.to(x.dtype), passes
 
@@ -204,24 +206,25 @@ def fake_quantize_learned_backward(
     """
     inverse = expand_qparam(1.0 / scale, x, axis, group_size)
     offset = expand_qparam(zero_point, x, axis, group_size).to(torch.float32)
-    clamped, passes = _clamp(x.float(), clamp_min, clamp_max)
+    clamped, conditions = _clamp(x.float(), clamp_min, clamp_max)
     v = (clamped * inverse).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
     rounded = torch.round(v)
     q = rounded + offset
     inside = (q >= quant_min) & (q <= quant_max)
     slope = torch.where(inside, rounded - v, q.clamp(quant_min, quant_max) - offset)
     sums = _sum_like_qparam(grad.float() * slope, scale, axis, group_size)
-    return (inside & passes) * grad, (sums * gradient_scale).to(scale.dtype)
+    passes = reduce(torch.logical_and, conditions, inside)
+    return passes * grad, scale.new_empty(scale.shape).copy_(sums * gradient_scale)
 
 
-def _clamp(x: Tensor, low: float | None, high: float | None) -> tuple[Tensor, Tensor]:
-    """``x`` clamped, and where (bool) the gradient passes; NaN stays and passes."""
-    passes = torch.ones_like(x, dtype=torch.bool)
+def _clamp(x: Tensor, low: float | None, high: float | None) -> tuple[Tensor, list[Tensor]]:
+    """``x`` clamped, and the conditions (bool) under which the gradient passes; NaN stays and passes."""
+    conditions = []
     if low is not None:
-        passes = passes & ~(x <= low)
+        conditions.append(~(x <= low))
     if high is not None:
-        passes = passes & ~(x >= high)
-    return (x if low is None and high is None else x.clamp(low, high)), passes
+        conditions.append(~(x >= high))
+    return (x.clamp(low, high) if conditions else x), conditions
 
 
 def _sum_like_qparam(terms: Tensor, p: Tensor, axis: int | None, group_size: int | None) -> Tensor:
@@ -230,9 +233,10 @@ def _sum_like_qparam(terms: Tensor, p: Tensor, axis: int | None, group_size: int
         return terms.sum(dtype=torch.float64).reshape(p.shape)
     axis = axis % terms.ndim
     if group_size is None:
-        return terms.movedim(axis, 0).flatten(1).sum(1, dtype=torch.float64).reshape(p.shape)
+        return terms.unsqueeze(-1).movedim(axis, 0).flatten(1).sum(1, dtype=torch.float64).reshape(p.shape)
     if group_size == -1:
         return terms.sum(axis, keepdim=True, dtype=torch.float64)
     rows = terms.movedim(axis, -1)
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % group_size))
-    return rows.unflatten(-1, (-1, group_size)).sum(-1, dtype=torch.float64).movedim(-1, axis)
+    sums: Tensor = rows.unflatten(-1, (-1, group_size)).sum(-1, dtype=torch.float64)
+    return sums.movedim(-1, axis)

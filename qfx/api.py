@@ -134,7 +134,7 @@ def quantize_qat(
         CaptureError, ConfigError, CalibrationError, UnsupportedError, VerifyError: see :mod:`qfx.errors`.
     """
     if not callable(train):
-        raise ConfigError(f"train is a {type(train).__name__}", hint="give a function that trains the model it is given")
+        raise ConfigError(f"train is a {type(train).__name__}", hint="give a function that trains what it is given")
     prepared = prepare(
         model,
         example_inputs,
@@ -147,14 +147,14 @@ def quantize_qat(
     if calibration is not None:
         calibrate(prepared, calibration)
     train(prepared)
-    return convert(prepared.eval(), check=True, verbose=verbose)
+    return convert(prepared.eval(), verbose=verbose)
 
 
 def reestimate_batch_norm(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
     """Measure the batch-norm statistics of a trained model anew on ``data``, in place; returns it.
 
-    To be called before :func:`convert` where batch norms trained with a small momentum, or on batches that end elsewhere
-    than the data do. Batch norms that the user's model had frozen stay.
+    To be called before :func:`convert`, where batch norms trained with a small momentum or the weights moved until the
+    end. Batch norms that the user's model had frozen stay.
 
     Raises:
         ConfigError: there are no data.
@@ -244,11 +244,12 @@ def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
     return prepared
 
 
-def convert(prepared: nn.Module, *, check: bool = False, verbose: bool = False) -> nn.Module:
+def convert(prepared: nn.Module, *, check: bool | None = None, verbose: bool = False) -> nn.Module:
     """Turn a calibrated or trained model into an integer model; ``prepared`` stays as it is.
 
     Args:
-        check: run both on the last calibration batch (or the example), layer by layer on the same inputs.
+        check: run both on the last calibration batch (or the example), layer by layer on the same inputs. None: where
+            the model was prepared for training.
         verbose: print the before/after node table.
 
     Raises:
@@ -261,6 +262,7 @@ def convert(prepared: nn.Module, *, check: bool = False, verbose: bool = False) 
         _ready_to_convert(prepared, plan)
     shared = {id(t): t for t in (*prepared.parameters(), *prepared.buffers())}
     twin = copy.deepcopy(prepared, {**shared, id(plan): plan})
+    check = plan.mode == "qat" if check is None else check
     return _convert(twin, foreign=storages(prepared), verbose=verbose, check=check)
 
 

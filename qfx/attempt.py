@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from traceback import FrameSummary, StackSummary
@@ -66,7 +66,7 @@ def attempt(subject: Subject, freedom: Freedom, sizes: Sizes) -> CapturedModule:
         CaptureError: the export is refused, or what came of it is not what the model does.
     """
     results: list[Structure] = []
-    with switched(subject.flags) if subject.flags else nullcontext():
+    with _training(subject.flags) if subject.flags else nullcontext():
         program = _export(_Flat(subject, results.append), sizes.traced, freedom, subject.name)
     names = [at for at, part in arguments(subject.structure) if isinstance(part, Leaf)]
     gm = graph_module_of(
@@ -86,6 +86,13 @@ def attempt(subject: Subject, freedom: Freedom, sizes: Sizes) -> CapturedModule:
     for tensors, want in sizes.compared[:1] if fixed else sizes.compared:
         _compare(gm, subject, tensors, want)
     return gm
+
+
+@contextmanager
+def _training(flags: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """In the modes of ``flags``, and with gradients, so that the trace shows where the model stops them."""
+    with switched(flags), torch.enable_grad():
+        yield
 
 
 def _export(flat: nn.Module, tensors: tuple[Tensor, ...], freedom: Freedom, name: str) -> ExportedProgram:

@@ -31,14 +31,14 @@ def reestimate(prepared: nn.Module, data: Iterable[Any], example: Example) -> in
             for number, item in enumerate(data):
                 call = calibration_call(item, example, number)
                 if not batches:
-                    for module in live:
-                        module.momentum, module.training = None, True
-                        module.reset_running_stats()
+                    for norm in live:
+                        norm.momentum, norm.training = None, True
+                        norm.reset_running_stats()
                 prepared(*call.args, **call.kwargs)
                 batches += 1
     finally:
-        for module, momentum in zip(live, momenta, strict=True):
-            module.momentum = momentum
+        for norm, momentum in zip(live, momenta, strict=True):
+            norm.momentum = momentum
         for module, training in modes:
             module.training = training
     if not batches:

@@ -37,9 +37,31 @@ def to_eval_form(gm: fx.GraphModule, user: nn.Module) -> None:
         if rewrite is not None:
             rewrite(gm, node, user)
     for node in gm.graph.nodes:
-        if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        if _draws(node):
             raise _refusal(node, f"it draws random numbers in training ({name_of(node)}) in a way that is not known")
     gm.graph.lint()
+
+
+_DROPS = {
+    "dropout": ("p", 1),
+    "feature_dropout": ("p", 1),
+    "alpha_dropout": ("p", 1),
+    "scaled_dot_product_attention": ("dropout_p", ATTENTION_DROPOUT),
+    "lstm": ("dropout", 5),
+    "gru": ("dropout", 5),
+    "rnn_tanh": ("dropout", 5),
+    "rnn_relu": ("dropout", 5),
+}
+"""Operators that draw nothing where this argument is 0, though torch tags them as random: its name and position."""
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether the node draws random numbers."""
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    name, position = _DROPS.get(name_of(node), ("", 0))
+    live = argument(node, 2, "train", True) if position == 1 else True
+    return not name or (live and float(argument(node, position, name, 0.0)) > 0.0)
 
 
 def _refusal(node: fx.Node, what: str) -> CaptureError:
@@ -85,13 +107,14 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
 
 
 def _drop_count(gm: fx.GraphModule, path: str) -> None:
-    """The module counts its batches itself."""
-    for counter in [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == path]:
-        for user in list(counter.users):
-            if name_of(user) == "add_" and not user.users:
-                gm.graph.erase_node(user)
-        if not counter.users:
-            gm.graph.erase_node(counter)
+    """The module counts its batches itself; one that is called twice counts on with what it counted."""
+    counters = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == path]
+    chain = list(counters)
+    for node in chain:
+        chain += [u for u in node.users if name_of(u) == "add_"]
+    for node in reversed(chain):
+        if not node.users:
+            gm.graph.erase_node(node)
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -127,15 +150,15 @@ def _attention(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
 
 def _drop_path(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
     """``x * noise`` where the noise is drawn for whole samples."""
-    for x, noise in (node.args[:2], reversed(node.args[:2])):
+    for x, noise in (node.args[:2], node.args[1::-1]):
         chain = _noise(noise) if isinstance(noise, fx.Node) else []
-        if not chain or not isinstance(x, fx.Node):
+        if not chain or not isinstance(x, fx.Node) or not isinstance(noise, fx.Node):
             continue
         names = [name_of(n) for n in chain]
         uniform = "floor" in " ".join(names)
         if uniform:  # keep + rand, floored; what is kept was divided before
             keep = next(float(a) for n in chain if name_of(n) == "add" for a in n.args if isinstance(a, float))
-            scaled = name_of(x) == "div" and x.args[1] == keep
+            scaled = name_of(x) == "div" and isinstance(x.args[1], float) and x.args[1] == keep
         else:
             keep = next(float(n.args[1]) for n in chain if name_of(n) == "bernoulli_")  # type: ignore[arg-type]
             scaled = any(n.startswith("div") for n in names)

@@ -153,9 +153,9 @@ class _Builder:
         if inlined and not _autocasts(node):
             body, first = env[given[inlined[0]]], given[inlined[1] :]
             inner = [n for n in body.graph.nodes if n.op == "placeholder"]
-            results = self._copy(body, {n: env.get(a, a) for n, a in zip(inner, first, strict=True)})
+            made = self._copy(body, {n: env.get(a, a) for n, a in zip(inner, first, strict=True)})
             stops = self.training and given[0] is False and "set_grad" in node.target._name  # type: ignore[union-attr]
-            return [self._detached(r, node) for r in results] if stops else results
+            return [self._detached(r, node) for r in made] if stops else made
         if node.target is operator.getitem and isinstance(results := env.get(given[0]), list):
             return results[given[1]]
         if node.target is torch.ops.aten.detach_.default:

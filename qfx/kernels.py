@@ -1,9 +1,10 @@
-"""Integer loops over torch tensors: quantize, dequantize, lookup, add, mul, pooling, fake-quantize.
+"""Integer loops over torch tensors: quantize, dequantize, lookup, add, mul, pooling, fake-quantize and its gradients.
 
-Every function has two implementations with bit-identical results: a C++ loop (``qfx/csrc``, compiled by
-:mod:`qfx.jit`; :data:`LOOPS`) and a twin in ATen (:data:`ATEN`). The loop runs where there is a compiler and the
-tensors are ordinary CPU tensors of the element types named in the function's docstring; all else (other devices and
-dtypes, fake tensors, other subclasses) takes the twin. :func:`backend` says which of the two this machine has.
+Every function has two implementations with bit-identical results (but for the sums of a learned step size, whose terms
+are added in another order): a C++ loop (``qfx/csrc``, compiled by :mod:`qfx.jit`; :data:`LOOPS`) and a twin in ATen
+(:data:`ATEN`). The loop runs where there is a compiler and the tensors are ordinary CPU tensors of the element types
+named in the function's docstring; all else (other devices and dtypes, fake tensors, other subclasses) takes the twin.
+:func:`backend` says which of the two this machine has.
 
 Common to all functions:
 
@@ -11,7 +12,7 @@ Common to all functions:
   :mod:`qfx.affine`. Results are detached: gradients are the business of :mod:`qfx.ops`.
 - Rounding is half to even, huge values saturate, NaN becomes the zero point (clamped to the range).
 - The memory format is kept: contiguous stays contiguous, channels-last stays channels-last, and elementwise functions
-  keep any dense permutation of the dimensions. Input with gaps or overlap is made contiguous first.
+  keep any dense permutation of the dimensions. Input with gaps or overlap is copied first.
 - ``ConfigError`` is raised for a range that does not fit the dtype, and for scales of a shape that does not fit.
 """
 
@@ -43,6 +44,7 @@ LOOPS = {
     "fake_quantize": "ppppp lllll ffff i i",
     "fake_quantize_backward": "ppp l i",
     "fake_quantize_learned_backward": "pppppp lllll ffff d i",
+    "min_max": "ppp l i",
     "quantize_per_token": "ppp ll ff iff ii",
     "lookup": "ppp l ii",
     "binary": "ppp ppp ppp l ffff iiii i",
@@ -103,7 +105,10 @@ _CHANNELS_LAST = {
 
 
 def _dense(x: Tensor) -> tuple[Tensor, Order]:
-    """``x`` where it is dense in memory, else a contiguous copy; and the order of its dimensions."""
+    """``x`` where it is dense in memory, else a dense copy; and the order of its dimensions.
+
+    The copy has the strides of ``torch.empty_like``, as the shape functions of :mod:`qfx.ops` promise.
+    """
     if x.is_contiguous():
         return x, None
     if x.ndim in _CHANNELS_LAST:
@@ -114,7 +119,7 @@ def _dense(x: Tensor) -> tuple[Tensor, Order]:
     order = tuple(sorted(range(x.ndim), key=lambda dim: -strides[dim]))
     if x.permute(order).is_contiguous():
         return x, order
-    return x.contiguous(), None
+    return _dense(torch.empty_like(x).copy_(x))
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
@@ -262,10 +267,19 @@ def fake_quantize(
     _check_qparams(x, scale, zero_point, axis, group_size)
     loops = _loops(x, scale, zero_point)
     if loops is None or x.dtype not in _THROUGH_FLOAT32 or not _usual(scale, zero_point):
-        limits = {"quant_min": quant_min, "quant_max": quant_max, "clamp_min": clamp_min, "clamp_max": clamp_max}
-        layout = {"axis": axis, "group_size": group_size}
         with torch.no_grad():
-            return affine.fake_quantize(x, scale, zero_point, **layout, **limits, straight_through=straight_through)
+            return affine.fake_quantize(
+                x,
+                scale,
+                zero_point,
+                axis=axis,
+                group_size=group_size,
+                quant_min=quant_min,
+                quant_max=quant_max,
+                clamp_min=clamp_min,
+                clamp_max=clamp_max,
+                straight_through=straight_through,
+            )
     real, order = _dense(_as(x, torch.float32))
     mask = torch.empty_like(real, dtype=torch.bool)
     bounds = (clamp_min, clamp_max, straight_through)
@@ -305,8 +319,9 @@ def fake_quantize_learned(
     _check_qparams(x, scale, zero_point, axis, group_size)
     loops = _loops(x, scale, zero_point)
     if loops is None or x.dtype not in _THROUGH_FLOAT32 or not _usual(scale, zero_point):
-        bounds = {"clamp_min": clamp_min, "clamp_max": clamp_max}
-        return fake_quantize(x, scale, zero_point, axis, group_size, quant_min, quant_max, **bounds)[0]
+        return fake_quantize(
+            x, scale, zero_point, axis, group_size, quant_min, quant_max, clamp_min=clamp_min, clamp_max=clamp_max
+        )[0]
     real, order = _dense(_as(x, torch.float32))
     limits = (quant_min, quant_max, clamp_min, clamp_max, False)
     y = _fake_quantize(loops, real, order, None, scale, zero_point, axis, group_size, *limits)
@@ -327,7 +342,7 @@ def fake_quantize_learned_backward(
     clamp_min: float | None = None,
     clamp_max: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`fake_quantize_learned` in ``x`` and in ``scale``, by the formula of :mod:`qfx.affine`.
+    """Gradients of :func:`fake_quantize_learned` in ``x`` and in ``scale``: its namesake's of :mod:`qfx.affine`.
 
     The loop takes float32, and half precision through it; its sums have the same bits for any number of threads. The
     twin adds the same terms in another order: the two may differ in the last bits of the sum.
@@ -337,10 +352,20 @@ def fake_quantize_learned_backward(
     usual = x.dtype in _THROUGH_FLOAT32 and grad.dtype is x.dtype and grad.shape == x.shape
     # One scale for many zero points has one sum, where the loop would make many.
     if loops is None or not usual or not _usual(scale, zero_point) or scale.numel() < zero_point.numel():
-        limits = {"quant_min": quant_min, "quant_max": quant_max, "clamp_min": clamp_min, "clamp_max": clamp_max}
-        layout = {"axis": axis, "group_size": group_size, "gradient_scale": gradient_scale}
         with torch.no_grad():
-            return affine.fake_quantize_learned_backward(grad, x, scale, zero_point, **layout, **limits)
+            return affine.fake_quantize_learned_backward(
+                grad,
+                x,
+                scale,
+                zero_point,
+                axis=axis,
+                group_size=group_size,
+                quant_min=quant_min,
+                quant_max=quant_max,
+                gradient_scale=gradient_scale,
+                clamp_min=clamp_min,
+                clamp_max=clamp_max,
+            )
     real, order = _dense(_as(x, torch.float32))
     real_grad = _in_layout(_as(grad, torch.float32), real)
     grad_x = torch.empty_like(real)
@@ -354,7 +379,7 @@ def fake_quantize_learned_backward(
         *(quant_min, quant_max, _bound(clamp_min), _bound(clamp_max), gradient_scale, torch.get_num_threads()),
     )
     if order is not None and grad_scale.ndim == len(order):
-        grad_scale = grad_scale.permute(_inverse(order)).contiguous()
+        grad_scale = grad_scale.permute(_inverse(order)).flatten()
     return _as(grad_x, x.dtype), grad_scale.view(scale.shape)
 
 
@@ -393,6 +418,20 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _bound(value: float | None) -> float:
     return math.nan if value is None else value  # nothing is below or above NaN
+
+
+def min_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of all of ``x``, of shape ``[]`` and x's dtype; NaN if it holds one, zeros if it is empty.
+
+    The loop takes float32: one pass in the order of memory, where torch.aminmax copies what is not contiguous.
+    """
+    loops = _loops(x)
+    if loops is None or x.dtype is not torch.float32 or not x.numel():
+        return affine.min_max(x.detach(), None, None)
+    x, _ = _dense(x)
+    low, high = x.new_empty(()), x.new_empty(())
+    loops.qfx_min_max(x.data_ptr(), low.data_ptr(), high.data_ptr(), x.numel(), torch.get_num_threads())
+    return low, high
 
 
 def quantize_per_token(
@@ -897,6 +936,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "fake_quantize": affine.fake_quantize,
     "fake_quantize_backward": affine.fake_quantize_backward,
     "fake_quantize_learned_backward": affine.fake_quantize_learned_backward,
+    "min_max": affine.min_max,
     "quantize_per_token": _aten_quantize_per_token,
     "lookup": _aten_lookup,
     "binary": _aten_binary,

@@ -32,6 +32,7 @@ _SCHEMAS = (
     "fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, int? group_size,"
     " int quant_min, int quant_max, float gradient_scale, *, float? clamp_min=None, float? clamp_max=None)"
     " -> (Tensor, Tensor)",
+    "min_max(Tensor x) -> (Tensor, Tensor)",
     "unpack(Tensor packed, int bits, bool signed, int length) -> Tensor",
 )
 for _schema in _SCHEMAS:
@@ -121,6 +122,7 @@ for _name, _cpu, _any in (
     ("fake_quantize_backward", kernels.fake_quantize_backward, kernels.fake_quantize_backward),
     ("fake_quantize_learned", kernels.fake_quantize_learned, kernels.fake_quantize_learned),
     ("fake_quantize_learned_backward", kernels.fake_quantize_learned_backward, kernels.fake_quantize_learned_backward),
+    ("min_max", kernels.min_max, kernels.min_max),
     ("unpack", unpack, unpack),
 ):
     _LIBRARY.impl(_name, _cpu, "CPU")
@@ -176,6 +178,10 @@ def _shape_fake_quantize_learned_backward(
     return torch.empty_like(x, dtype=grad.dtype), scale.new_empty(scale.shape)
 
 
+def _shape_min_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(()), x.new_empty(())
+
+
 def _shape_unpack(packed: Tensor, bits: int, signed: bool, length: int) -> Tensor:
     return packed.new_empty([*packed.shape[:-1], length], dtype=torch.int8 if signed else torch.uint8)
 
@@ -188,6 +194,7 @@ for _name, _shape in (
     ("fake_quantize_backward", _shape_fake_quantize_backward),
     ("fake_quantize_learned", _shape_fake_quantize_learned),
     ("fake_quantize_learned_backward", _shape_fake_quantize_learned_backward),
+    ("min_max", _shape_min_max),
     ("unpack", _shape_unpack),
 ):
     torch.library.register_fake(f"qfx::{_name}", _shape, lib=_LIBRARY)
@@ -215,7 +222,7 @@ def _below_autograd(op: Any, kernel: Callable[..., Any], tensors: tuple[Tensor, 
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The straight-through estimator: the mask is all that backward needs, and not even that where all of it is True."""
+    """The straight-through estimator: the mask is all that backward needs, and nothing where all of it is True."""
 
     @staticmethod
     def forward(
@@ -272,20 +279,20 @@ class _FakeQuantizeLearned(torch.autograd.Function):
 
 def _autograd_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, *args: Any, **kwargs: Any) -> Any:
     if x.requires_grad and torch.is_grad_enabled():
-        return _FakeQuantize.apply(x, scale, zero_point, args, kwargs)
+        return _FakeQuantize.apply(x, scale, zero_point, args, kwargs)  # type: ignore[no-untyped-call]
     return _below_autograd(fake_quantize, kernels.fake_quantize, (x, scale, zero_point), *args, **kwargs)
 
 
 def _autograd_fake_quantize_backward(grad: Tensor, mask: Tensor) -> Any:
     if grad.requires_grad and torch.is_grad_enabled():
-        return _FakeQuantizeBackward.apply(grad, mask)
+        return _FakeQuantizeBackward.apply(grad, mask)  # type: ignore[no-untyped-call]
     return _below_autograd(fake_quantize_backward, kernels.fake_quantize_backward, (grad, mask))
 
 
 def _autograd_fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, *args: Any, **kwargs: Any) -> Any:
     tensors = (x, scale, zero_point)
     if (x.requires_grad or scale.requires_grad) and torch.is_grad_enabled():
-        return _FakeQuantizeLearned.apply(*tensors, args, kwargs)
+        return _FakeQuantizeLearned.apply(*tensors, args, kwargs)  # type: ignore[no-untyped-call]
     return _below_autograd(fake_quantize_learned, kernels.fake_quantize_learned, tensors, *args, **kwargs)
 
 
@@ -296,7 +303,7 @@ for _name, _autograd in (
 ):
     _LIBRARY.impl(_name, _autograd, "Autograd")
 # Results without gradient, and no warning.
-for _name in ("quantize", "dequantize", "choose_qparams", "unpack", "fake_quantize_learned_backward"):
+for _name in ("quantize", "dequantize", "choose_qparams", "unpack", "min_max", "fake_quantize_learned_backward"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 quantize = torch.ops.qfx.quantize.default
@@ -306,4 +313,5 @@ fake_quantize = torch.ops.qfx.fake_quantize.default
 fake_quantize_backward = torch.ops.qfx.fake_quantize_backward.default
 fake_quantize_learned = torch.ops.qfx.fake_quantize_learned.default
 fake_quantize_learned_backward = torch.ops.qfx.fake_quantize_learned_backward.default
+min_max = torch.ops.qfx.min_max.default
 unpack_op = torch.ops.qfx.unpack.default

@@ -48,8 +48,10 @@ class Schedule:
                 f"{type(prepared).__name__} holds nothing to schedule",
                 hint='pass what qfx.prepare(model, example_inputs, mode="qat") returned',
             )
-        self.final = [m.spec.bits for m in self.quantizers]
-        self.float_steps, self.freeze_observers, self.freeze_batch_norm = float_steps, freeze_observers, freeze_batch_norm
+        self.final = [m.recipe_bits for m in self.quantizers]
+        self.float_steps = float_steps
+        self.freeze_observers = freeze_observers
+        self.freeze_batch_norm = freeze_batch_norm
         self.bits = {step: _pair(b) for step, b in sorted((bits or {}).items())}
         self._validate()
         self.steps = 0
@@ -96,9 +98,10 @@ class Schedule:
         Raises:
             TrainingError: the loss is NaN or infinite; the text names the step.
         """
-        if not bool(torch.isfinite(loss.detach()).all()):
+        value = loss.detach()
+        if not bool(torch.isfinite(value).all()):
             raise TrainingError(
-                f"the loss of step {self.steps} is {float(loss.detach().flatten()[0]):g}: its batch was not learned from",
+                f"the loss of step {self.steps} is {float(value.flatten()[0]):g}: nothing was learned from its batch",
                 hint="look at that batch; if it is sound, lower the learning rate or clip gradient norms",
             )
 

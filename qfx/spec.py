@@ -223,6 +223,20 @@ class DerivedSpec:
         return "int32 at input_scale * weight_scale"
 
 
+BIAS_BITS = 15
+
+
+def bias_spec(activation: QuantSpec | None, weight: QuantSpec | None) -> DerivedSpec | None:
+    """How a layer's bias is kept: int32 where its step, ``input_scale * weight_scale``, is fine; else float (None).
+
+    With few bits that step is wide, wider than one of the output's: a bias of 2-bit weights on 2-bit data would be off
+    by several. Together they have :data:`BIAS_BITS` where it is not.
+    """
+    if activation is None or weight is None or activation.dynamic:
+        return None
+    return DerivedSpec() if activation.bits + weight.bits >= BIAS_BITS else None
+
+
 Spec = QuantSpec | FixedSpec | SharedSpec | DerivedSpec
 
 

@@ -42,6 +42,7 @@ class TrainedFakeQuantize(FakeQuantize):
     ) -> None:
         super().__init__(spec, layer)
         self.constant = constant
+        self.recipe_bits = spec.bits
         self.observer = None  # made for calibration only
         self.observing = self.quantizing = True
         self.ready = isinstance(spec, FixedSpec) or spec.dynamic

@@ -1,7 +1,8 @@
 """Modules of a graph that is trained: they follow ``self.training``, with the user's hyper-parameters.
 
-Dropout is torch's own (:data:`DROPOUTS`). A batch norm is torch's own too, except that it can be frozen, that a repeated
-forward pass of gradient checkpointing does not count twice, and that a batch with NaN leaves its statistics alone.
+Dropout is torch's own (:data:`DROPOUTS`). A batch norm is torch's own too, except that it can be frozen, that a
+repeated forward pass of gradient checkpointing does not count twice, and that a batch with NaN leaves its statistics
+alone.
 """
 
 from __future__ import annotations
@@ -46,12 +47,11 @@ class LiveBatchNorm(_BatchNorm):
         if recomputing():
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         assert self.running_mean is not None and self.running_var is not None
-        statistics = self.running_mean, self.running_var
-        moved = [s.clone() for s in statistics]  # apart, so that what is not finite never reaches them
-        output = F.batch_norm(input, *moved, self.weight, self.bias, True, self._momentum(), self.eps)
+        mean, var = self.running_mean.clone(), self.running_var.clone()  # what is not finite must not reach them
+        output = F.batch_norm(input, mean, var, self.weight, self.bias, True, self._momentum(), self.eps)
         with torch.no_grad():
-            for old, new in zip(statistics, moved, strict=True):
-                old.copy_(torch.where(torch.isfinite(new), new, old))
+            self.running_mean.copy_(torch.where(torch.isfinite(mean), mean, self.running_mean))
+            self.running_var.copy_(torch.where(torch.isfinite(var), var, self.running_var))
         return output
 
     def _momentum(self) -> float:

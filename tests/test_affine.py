@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -303,6 +303,144 @@ def test_fake_quantize_per_channel_is_torchs(limit: Limits, axis: int, seed: int
     want.sum().backward()
     assert ours.grad is not None and theirs.grad is not None
     assert torch.equal(ours.grad, theirs.grad)
+
+
+ACTIVATIONS = {
+    (0.0, None): torch.nn.functional.relu,
+    (0.0, 6.0): torch.nn.functional.relu6,
+    (-1.0, 1.5): lambda x: torch.nn.functional.hardtanh(x, -1.0, 1.5),
+}
+
+
+@pytest.mark.parametrize("bounds", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize(("scale", "zero_point"), [(0.5, 0), (0.5, 3), (0.07, 0), (0.4, 5)])
+@pytest.mark.parametrize("straight", [False, True])
+def test_a_fused_clamp_is_torchs_activation_in_front(
+    bounds: tuple[float, float | None], scale: float, zero_point: int, straight: bool
+) -> None:
+    """Elements on both edges too: of the activation and, where they differ, of the representable range."""
+    ends = torch.tensor([bound for bound in bounds if bound is not None])
+    x = torch.cat([edges(scale, zero_point, 0, 15), ends, ends.nextafter(-torch.ones(())), ends.nextafter(ends + 1)])
+    step, zero = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    clamps = {"clamp_min": bounds[0], "clamp_max": bounds[1]}
+    got, mask = ops.fake_quantize(ours, step, zero, None, None, 0, 15, **clamps, straight_through=straight)
+    real = ACTIVATIONS[bounds](theirs)
+    want = torch.fake_quantize_per_tensor_affine(real, step, zero, 0, 15)
+    assert torch.equal(got, want)
+    weight = torch.rand(x.shape) + 0.5
+    got.backward(weight)
+    (real if straight else want).backward(weight)
+    assert ours.grad is not None and theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)
+    assert torch.equal(mask, theirs.grad != 0)
+
+
+def composite(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group_size: int | None, limit: tuple[int, int]
+) -> Tensor:
+    """Fake quantization out of differentiable operators: in backward rounding is the identity, the rest autograd's."""
+    step, offset = (affine.expand_qparam(p, x, axis, group_size) for p in (scale, zero_point))
+    v = x * (1.0 / step)
+    rounded = v + (torch.round(v) - v).detach()
+    return (torch.clamp(rounded + offset, *limit) - offset) * step
+
+
+@given(layouts(), limits(), st.sampled_from([None, *ACTIVATIONS]), SEEDS)
+def test_learned_step_is_autograd_through_the_composite(
+    layout: Layout, limit: Limits, bounds: tuple[float, float | None] | None, seed: int
+) -> None:
+    (shape, axis, group_size), (quant_min, quant_max, _) = layout, limit
+    generator = torch.Generator().manual_seed(seed)
+    x, scales = data(shape, seed, span=3.0), affine.scale_shape(torch.empty(shape), axis, group_size)
+    scale = torch.rand(scales, generator=generator) + 0.01
+    zero_point = torch.randint(quant_min, quant_max + 1, scales, generator=generator, dtype=torch.int32)
+    weight = torch.randn(shape, generator=generator)
+    ours = (x.clone().requires_grad_(), scale.clone().requires_grad_())
+    theirs = (x.clone().requires_grad_(), scale.clone().requires_grad_())
+    low, high = bounds or (None, None)
+    got = ops.fake_quantize_learned(
+        *(*ours, zero_point, axis, group_size, quant_min, quant_max, 0.25), clamp_min=low, clamp_max=high
+    )
+    real = ACTIVATIONS[bounds](theirs[0]) if bounds else theirs[0]
+    want = composite(real, theirs[1], zero_point, axis, group_size, (quant_min, quant_max))
+    torch.testing.assert_close(got, want)
+    grad_x, grad_scale = torch.autograd.grad(got, ours, weight)
+    want_x, want_scale = torch.autograd.grad(want, theirs, weight)
+    torch.testing.assert_close(grad_x, want_x)
+    # Autograd finds round(v) - v as a difference of two float32 sums that are as large as the levels.
+    torch.testing.assert_close(grad_scale, want_scale * 0.25, rtol=1e-4, atol=2e-3)
+
+
+@given(limits(), SEEDS)
+def test_learned_step_is_torchs_learnable(limit: Limits, seed: int) -> None:
+    """Away from ties: torch rounds ``x / scale + zero_point`` as a whole, so that with an odd zero point its ties go
+    the other way (its own fake_quantize_per_tensor_affine rounds as we do). Without negative zero points per tensor:
+    torch's backward truncates ``zero_point + 0.5`` and takes one more than its forward."""
+    quant_min, quant_max, _ = limit
+    assume(quant_min <= 0)  # torch's range must hold zero
+    generator = torch.Generator().manual_seed(seed)
+    zero = int(torch.randint(quant_min, quant_max + 1, (), generator=generator))
+    levels = torch.randint(quant_min - zero - 3, quant_max - zero + 4, (4, 50), generator=generator)
+    scale = torch.rand(4, generator=generator) + 0.01
+    x = (levels + (torch.rand(4, 50, generator=generator) - 0.5) * 0.9) * scale[:, None]
+    weight = torch.randn(4, 50, generator=generator)
+    zeros = torch.full((4,), float(zero))
+    for axis, step, theirs in (
+        (None, scale[:1], torch._fake_quantize_learnable_per_tensor_affine),
+        (0, scale, lambda x, s, z, *rest: torch._fake_quantize_learnable_per_channel_affine(x, s, z, 0, *rest)),
+    ):
+        if axis is None and zero < 0:
+            continue
+        step = step.clone().requires_grad_()
+        leaf = x.clone().requires_grad_()
+        want = theirs(leaf, step, zeros[: len(step)], quant_min, quant_max, 0.25)
+        offsets = zeros[: len(step)].int()
+        got = ops.fake_quantize_learned(leaf, step, offsets, axis, None, quant_min, quant_max, 0.25)
+        assert torch.equal(got, want)
+        for ours, torchs in zip(*(torch.autograd.grad(y, (leaf, step), weight) for y in (got, want)), strict=True):
+            torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-3)
+
+
+def test_learned_step_is_torchs_learnable_on_every_edge_of_a_symmetric_scheme() -> None:
+    x = edges(0.25, 0, -8, 7).requires_grad_()
+    scale, zero = torch.tensor([0.25], requires_grad=True), torch.zeros(1)
+    want = torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, -8, 7, 1.0)
+    got = ops.fake_quantize_learned(x, scale, zero.int(), None, None, -8, 7, 1.0)
+    assert torch.equal(got, want)
+    weight = torch.rand(x.shape)
+    (ours, our_scale), (theirs, their_scale) = (torch.autograd.grad(y, (x, scale), weight) for y in (got, want))
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(our_scale, their_scale, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [(None, None), *ACTIVATIONS], ids=str)
+def test_gradients_are_differences_of_the_function(bounds: tuple[float | None, float | None]) -> None:
+    """Over a whole step the staircase rises as the identity does; outside the range it depends on the scale alone."""
+    quant_min, quant_max, size = -4, 11, 0.125
+    clamps = {"clamp_min": bounds[0], "clamp_max": bounds[1]}
+    zero = torch.tensor(2, dtype=torch.int32)
+
+    def value(x: Tensor, scale: Tensor) -> Tensor:
+        return ops.fake_quantize_learned(x, scale, zero, None, None, quant_min, quant_max, 1.0, **clamps)
+
+    low, high = quant_min - 2, quant_max - 2
+    low = low if bounds[0] is None else max(low, int(bounds[0] / size))
+    high = high if bounds[1] is None else min(high, int(bounds[1] / size))
+    levels = torch.cat([torch.arange(low + 1, high), torch.tensor([low - 3, low - 2, high + 2, high + 3])])
+    x = ((levels + 0.2) * size).requires_grad_()
+    scale = torch.tensor(size, requires_grad=True)
+    (grad_x,) = torch.autograd.grad(value(x, scale).sum(), x)
+    with torch.no_grad():
+        rise = (value(x + size, scale) - value(x - size, scale)) / (2 * size)
+        assert torch.equal(grad_x[:-4], rise[:-4]) and grad_x[:-4].all()
+        assert torch.equal(grad_x[-4:], torch.zeros(4))
+    outside = x.detach()[-1:] * 10
+    if bounds[1] is None:
+        (grad_scale,) = torch.autograd.grad(value(outside, scale).sum(), scale)
+        with torch.no_grad():
+            difference = (value(outside, scale + 2**-6) - value(outside, scale - 2**-6)) / 2**-5
+        assert float(grad_scale) == float(difference) == quant_max - 2
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])

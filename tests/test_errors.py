@@ -357,6 +357,6 @@ def test_errors_copy_and_pickle_with_their_parts() -> None:
 
 def test_every_error_is_a_qfx_error_and_some_are_pythons() -> None:
     named = [getattr(qfx, name) for name in qfx.__all__ if name.endswith("Error")]
-    assert len(named) == 9 and all(issubclass(kind, qfx.QfxError) for kind in named)
+    assert len(named) == 10 and all(issubclass(kind, qfx.QfxError) for kind in named)
     assert issubclass(qfx.ConfigError, ValueError) and issubclass(qfx.CalibrationError, ValueError)
     assert PerTensor() == PerTensor()

@@ -144,18 +144,129 @@ def test_dequantize(layout: Layout, dtype: torch.dtype, seed: int) -> None:
     assert x.stride() == q.stride() or memory == "gaps" or q.numel() < 2
 
 
-@given(layouts(), SEEDS, st.sampled_from([(0, 255), (-128, 127), (-7, 7), (0, 3)]))
-def test_fake_quantize(layout: Layout, seed: int, limits: tuple[int, int]) -> None:
+BOUNDS = st.sampled_from([(None, None), (0.0, None), (None, 1.5), (0.0, 6.0), (-1.0, 1.0)])
+LIMITS = st.sampled_from([(0, 255), (-128, 127), (-7, 7), (0, 3)])
+
+
+@given(layouts(), SEEDS, LIMITS, BOUNDS, st.booleans())
+@example(((3, 70), "contiguous", 1, 32, (3, 3)), 0, (-7, 7), (0.0, 6.0), False)
+def test_fake_quantize(
+    layout: Layout, seed: int, limits: tuple[int, int], bounds: tuple[float | None, float | None], straight: bool
+) -> None:
     shape, memory, axis, group_size, scales = layout
     x = FORMATS[memory](numbers(shape, seed))
     scale, zero_point = qparams(scales, torch.int8, seed)
     zero_point = zero_point.clamp(*limits)
-    y, mask = both(kernels.fake_quantize, x, scale, zero_point, axis, group_size, *limits)
+    fused = {"clamp_min": bounds[0], "clamp_max": bounds[1], "straight_through": straight}
+    y, mask = both(kernels.fake_quantize, x, scale, zero_point, axis, group_size, *limits, **fused)
     assert mask.dtype is torch.bool
     grad = FORMATS[memory](numbers(shape, seed + 7))
     both(kernels.fake_quantize_backward, grad, mask)
-    q = kernels.quantize(x, scale, zero_point, axis, group_size, *limits, torch.int8 if limits[0] < 0 else torch.uint8)
+    real = x if bounds == (None, None) else x.clamp(*bounds)
+    dtype = torch.int8 if limits[0] < 0 else torch.uint8
+    q = kernels.quantize(real, scale, zero_point, axis, group_size, *limits, dtype)
     assert torch.equal(y, kernels.dequantize(q, scale, zero_point, axis, group_size))
+    learned = both(
+        *(kernels.fake_quantize_learned, x, scale, zero_point, axis, group_size, *limits, 0.5),
+        clamp_min=bounds[0],
+        clamp_max=bounds[1],
+    )
+    assert_same(learned, y)
+
+
+@given(layouts(), SEEDS, LIMITS, BOUNDS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@example(((3, 70), "contiguous", 1, 32, (3, 3)), 0, (-7, 7), (0.0, 6.0), torch.float32)
+@example(((70, 3), "contiguous", 0, 32, (3, 3)), 0, (-7, 7), (None, None), torch.float32)
+@example(((2, 5, 3, 3), "channels_last", 1, None, (5,)), 0, (0, 3), (0.0, None), torch.float32)
+def test_fake_quantize_learned_backward(
+    layout: Layout,
+    seed: int,
+    limits: tuple[int, int],
+    bounds: tuple[float | None, float | None],
+    dtype: torch.dtype,
+) -> None:
+    shape, memory, axis, group_size, scales = layout
+    x = FORMATS[memory](numbers(shape, seed)).to(dtype)
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7)).to(dtype)
+    scale, zero_point = qparams(scales, torch.int8, seed)
+    args = (grad, x, scale, zero_point.clamp(*limits), axis, group_size, *limits, 0.25)
+    clamps = {"clamp_min": bounds[0], "clamp_max": bounds[1]}
+    grad_x, grad_scale = kernels.fake_quantize_learned_backward(*args, **clamps)
+    with no_loops():
+        twin_x, twin_scale = kernels.fake_quantize_learned_backward(*args, **clamps)
+    assert torch.equal(grad_x, twin_x) and grad_x.dtype is dtype
+    assert grad_x.stride() == x.stride() or memory == "gaps" or x.numel() < 2
+    assert (grad_scale.shape, grad_scale.dtype) == (scale.shape, torch.float32) and grad_scale.is_contiguous()
+    # The sum itself: of the same terms in another order, in double.
+    torch.testing.assert_close(grad_scale, twin_scale, rtol=1e-6, atol=1e-8 * max(abs(limit) for limit in limits) * 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "group_size", "scales"),
+    [
+        ((60, 16, 9, 10), None, None, ()),
+        ((60, 16, 9, 10), 1, None, (16,)),
+        ((40, 2100), 0, None, (40,)),
+        ((400, 210), 1, None, (210,)),
+        ((40, 2100), 1, 64, (40, 33)),
+        ((2100, 40), 0, 64, (33, 40)),
+        ((3, 20000), 1, 9000, (3, 3)),
+        ((7, 90, 130), 1, -1, (7, 1, 130)),
+    ],
+)
+def test_sums_do_not_depend_on_threads(
+    shape: tuple[int, ...], axis: int | None, group_size: int | None, scales: tuple[int, ...]
+) -> None:
+    x, grad = numbers(shape, 0), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    scale, zero_point = qparams(scales, torch.int8, 2)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            args = (grad, x, scale, zero_point, axis, group_size, -128, 127, 0.1)
+            results.append(kernels.fake_quantize_learned_backward(*args))
+            with no_loops():
+                twin = kernels.fake_quantize_learned_backward(*args)
+    finally:
+        torch.set_num_threads(before)
+    for grad_x, grad_scale in results:
+        assert_same(grad_x, results[0][0])
+        assert_same(grad_scale, results[0][1])
+    assert torch.equal(results[0][0], twin[0])
+    torch.testing.assert_close(results[0][1], twin[1], rtol=1e-6, atol=1e-6)
+
+
+def test_one_learned_scale_for_many_elements() -> None:
+    x, grad = numbers((4, 6), 0), torch.randn(4, 6)
+    scale, zero_point = qparams((6,), torch.uint8, 0)
+    args = (1, None, 0, 255, 1.0)
+    for step, zeros in ((scale[:1], zero_point), (scale, zero_point[0]), (scale[0], zero_point[0])):
+        loop = kernels.fake_quantize_learned_backward(grad, x, step, zeros, *args)
+        with no_loops():
+            twin = kernels.fake_quantize_learned_backward(grad, x, step, zeros, *args)
+        assert loop[1].shape == step.shape
+        torch.testing.assert_close(loop, twin)
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=5), st.sampled_from(sorted(FORMATS)), SEEDS, st.booleans())
+@example([], "contiguous", 0, False)
+def test_min_max(shape: list[int], memory: str, seed: int, special: bool) -> None:
+    x = numbers(tuple(shape), seed) if special else torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x = FORMATS[memory](x)
+    low, high = kernels.min_max(x)
+    want = torch.aminmax(x) if x.numel() else (torch.tensor(0.0), torch.tensor(0.0))
+    torch.testing.assert_close((low, high), tuple(want), rtol=0, atol=0, equal_nan=True)
+
+
+def test_min_max_of_large_tensors() -> None:
+    x = torch.randn(300, 401)
+    for place, value in ((5, 9.0), (120_299, -9.0), (60_000, math.nan), (60_001, -math.inf)):
+        x.view(-1)[place] = value
+        torch.testing.assert_close(kernels.min_max(x), tuple(torch.aminmax(x)), rtol=0, atol=0, equal_nan=True)
+        for dtype in (torch.bfloat16, torch.float64):
+            other = x.to(dtype)
+            torch.testing.assert_close(kernels.min_max(other), tuple(torch.aminmax(other)), equal_nan=True)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -169,7 +280,7 @@ def test_large_tensors_on_several_threads(threads: int, scales: tuple[Any, Any, 
     try:
         q = both(kernels.quantize, x, scale, zero_point, axis, group_size)
         both(kernels.dequantize, q, scale, zero_point, axis, group_size)
-        both(kernels.fake_quantize, x, scale, zero_point, axis, group_size)
+        both(kernels.fake_quantize, x, scale, zero_point, axis, group_size, clamp_min=0.0)
         both(kernels.quantize_per_token, x)
         both(kernels.lookup, q, q.flatten()[:256])
         one, two, three = (qscalar(torch.uint8, seed) for seed in range(3))

@@ -128,7 +128,7 @@ def test_calibration_is_counted_on_behind_prepared() -> None:
 def test_a_pass_for_any_stage_may_stand_anywhere() -> None:
     full = ptq_pipeline(Recipe.int8(), Reference())
     assert names(full.after("fuse-conv-bn", make("mine")))[3] == "mine"
-    assert names(full.after("cancel-pairs", make("mine")))[12] == "mine"
+    assert names(full.after("cancel-pairs", make("mine")))[13] == "mine"
 
 
 def test_unknown_fields_are_refused() -> None:

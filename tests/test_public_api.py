@@ -13,7 +13,11 @@ NAMES = [
     "CalibrationError",
     "CaptureError",
     "ConfigError",
+    "Estimator",
+    "Fixed",
     "IntType",
+    "Learned",
+    "Moving",
     "NativeError",
     "PassError",
     "PerAxis",
@@ -28,38 +32,51 @@ NAMES = [
     "QuantSpec",
     "Recipe",
     "Report",
+    "Schedule",
     "Scheme",
     "Stage",
+    "TrainingError",
     "UnsupportedError",
     "VerifyError",
     "calibrate",
+    "clipped_weights",
     "convert",
     "default_pipeline",
+    "distillation_loss",
     "prepare",
     "quantize",
+    "quantize_qat",
+    "reestimate_batch_norm",
     "report",
 ]
 
 SIGNATURES = {
-    "quantize": "(model: 'nn.Module', example_inputs: 'Any', *, calibration: 'Iterable[Any] | None' = None, "
-    "recipe: 'str | Recipe' = 'int8', target: 'str | Target' = 'auto', pipeline: 'Pipeline | None' = None, "
-    "dynamic_shapes: 'Any' = None, inplace: 'bool' = False, verbose: 'bool' = True) -> 'nn.Module'",
-    "prepare": "(model: 'nn.Module', example_inputs: 'Any', *, recipe: 'str | Recipe' = 'int8', "
-    "target: 'str | Target' = 'auto', pipeline: 'Pipeline | None' = None, dynamic_shapes: 'Any' = None) "
-    "-> 'nn.Module'",
+    "quantize": "(model: 'nn.Module', example_inputs: 'Any', *, calibration: 'Iterable[Any] | None' = None, recipe: "
+    "'str | Recipe' = 'int8', target: 'str | Target' = 'auto', pipeline: 'Pipeline | None' = None, dynamic_shapes: "
+    "'Any' = None, inplace: 'bool' = False, verbose: 'bool' = True) -> 'nn.Module'",
+    "prepare": "(model: 'nn.Module', example_inputs: 'Any', *, recipe: 'str | Recipe' = 'int8', target: 'str | "
+    "Target' = 'auto', pipeline: 'Pipeline | None' = None, dynamic_shapes: 'Any' = None, mode: 'str' = 'ptq') -> "
+    "'nn.Module'",
     "calibrate": "(prepared: 'nn.Module', data: 'Iterable[Any]') -> 'nn.Module'",
-    "convert": "(prepared: 'nn.Module', *, verbose: 'bool' = False) -> 'nn.Module'",
+    "reestimate_batch_norm": "(prepared: 'nn.Module', data: 'Iterable[Any]') -> 'nn.Module'",
+    "quantize_qat": "(model: 'nn.Module', example_inputs: 'Any', *, train: 'Callable[[nn.Module], object]', "
+    "calibration: 'Iterable[Any] | None' = None, recipe: 'str | Recipe' = 'int8', target: 'str | Target' = 'auto', "
+    "pipeline: 'Pipeline | None' = None, dynamic_shapes: 'Any' = None, verbose: 'bool' = True) -> 'nn.Module'",
+    "distillation_loss": "(student: 'Tensor', teacher: 'Tensor', *, temperature: 'float' = 1.0) -> 'Tensor'",
+    "clipped_weights": "(prepared: 'nn.Module') -> 'dict[str, float]'",
+    "convert": "(prepared: 'nn.Module', *, check: 'bool | None' = None, verbose: 'bool' = False) -> 'nn.Module'",
     "report": "(qmodel: 'nn.Module') -> 'Report'",
-    "default_pipeline": "(recipe: 'str | Recipe' = 'int8', target: 'str | Target' = 'auto') -> 'Pipeline'",
+    "default_pipeline": "(recipe: 'str | Recipe' = 'int8', target: 'str | Target' = 'auto', *, mode: 'str' = 'ptq') "
+    "-> 'Pipeline'",
     "Recipe.preset": "(name: 'str') -> 'Recipe'",
     "Recipe.int8": "() -> 'Recipe'",
     "Recipe.int8_dynamic": "() -> 'Recipe'",
     "Recipe.w8a16": "() -> 'Recipe'",
-    "Recipe.w4a16": "(group_size: 'int' = 128) -> 'Recipe'",
-    "Recipe.skip": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, "
-    "module: 'str | None' = None, why: 'str' = '') -> 'Recipe'",
-    "Recipe.set": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, "
-    "module: 'str | None' = None, weight: 'Part' = KEEP, activation: 'Part' = KEEP, why: 'str' = '') -> 'Recipe'",
+    "Recipe.w4a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01)) -> 'Recipe'",
+    "Recipe.skip": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, module: 'str | "
+    "None' = None, why: 'str' = '') -> 'Recipe'",
+    "Recipe.set": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, module: 'str | "
+    "None' = None, weight: 'Part' = KEEP, activation: 'Part' = KEEP, why: 'str' = '') -> 'Recipe'",
     "Pipeline.before": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
     "Pipeline.after": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
     "Pipeline.replace": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
@@ -67,13 +84,28 @@ SIGNATURES = {
     "Report.table": "(self) -> 'str'",
     "Report.summary": "(self) -> 'str'",
     "Report.to_dict": "(self) -> 'dict[str, object]'",
+    "Recipe.w3a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01)) -> 'Recipe'",
+    "Recipe.lsq": "(weight_bits: 'int', activation_bits: 'int') -> 'Recipe'",
+    "Recipe.w4a4_lsq": "() -> 'Recipe'",
+    "Recipe.with_embedding_storage": "(self, bits: 'int | None' = 8) -> 'Recipe'",
+    "Schedule.__init__": "(self, prepared: 'nn.Module', *, float_steps: 'int' = 0, freeze_observers: 'int | None' = "
+    "None, freeze_batch_norm: 'int | None' = None, bits: 'Mapping[int, Bits] | None' = None) -> 'None'",
+    "Schedule.step": "(self) -> 'None'",
+    "Schedule.check": "(self, loss: 'Tensor') -> 'None'",
+    "Schedule.state_dict": "(self) -> 'dict[str, Any]'",
+    "Schedule.load_state_dict": "(self, state: 'Mapping[str, Any]') -> 'None'",
 }
 
 FIELDS = {
     "QConfig": ["activation", "weight"],
     "QuantRule": ["qconfig", "op", "layer", "module", "why", "own"],
-    "QuantSpec": ["element", "scheme", "granularity", "observer", "dynamic", "narrow_range"],
-    "Recipe": ["name", "default", "rules", "reduce_range"],
+    "QuantSpec": [
+        "element", "scheme", "granularity", "observer", "dynamic", "narrow_range", "ranges", "estimator"
+    ],
+    "Recipe": ["name", "default", "rules", "reduce_range", "embedding_storage", "ends"],
+    "Moving": ["averaging_constant"],
+    "Learned": ["scaled"],
+    "Fixed": [],
     "IntType": ["bits", "signed"],
     "PerAxis": ["axis"],
     "PerGroup": ["size", "axis"],
@@ -127,7 +159,8 @@ def test_everything_public_is_documented() -> None:
 def test_presets() -> None:
     from qfx.recipe import PRESETS
 
-    assert list(PRESETS) == ["int8", "int8_dynamic", "w8a16", "w4a16"]
+    learned = ["w8a8_lsq", "w4a8_lsq", "w4a4_lsq", "w3a3_lsq", "w2a2_lsq"]
+    assert list(PRESETS) == ["int8", "int8_dynamic", "w8a16", "w4a16", *learned]
     assert all(qfx.Recipe.preset(name) is PRESETS[name] for name in PRESETS)
 
 

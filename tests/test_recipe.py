@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 
 import pytest
 from torch import nn
@@ -57,9 +58,12 @@ def test_groups_of_w4a16(group_size: int) -> None:
 
 def test_presets_by_name_and_by_method_are_one() -> None:
     for name in PRESETS:
-        assert Recipe.preset(name) == getattr(Recipe, name)()
+        learned = re.fullmatch(r"w(\d)a(\d)_lsq", name)
+        made = Recipe.lsq(*map(int, learned.groups())) if learned else getattr(Recipe, name)()
+        assert Recipe.preset(name) == made
         assert Recipe.preset(name).name == name
-    assert len({Recipe.w4a16(32), Recipe.w4a16(64), Recipe.w4a16(128), *PRESETS.values()}) == 6
+    assert Recipe.w4a4_lsq() == Recipe.lsq(4, 4)
+    assert len({Recipe.w4a16(32), Recipe.w4a16(64), Recipe.w4a16(128), *PRESETS.values()}) == len(PRESETS) + 2
 
 
 def test_an_unknown_preset() -> None:

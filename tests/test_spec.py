@@ -27,6 +27,7 @@ from qfx.spec import (
     Scheme,
     SharedSpec,
 )
+from qfx.training import Estimator, Fixed
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -113,6 +114,8 @@ def test_specs_differ_in_every_field() -> None:
         "observer": MinMax.with_options(),
         "dynamic": True,
         "narrow_range": True,
+        "ranges": Fixed(),
+        "estimator": Estimator.STRAIGHT_THROUGH,
     }
     others = {dataclasses.replace(base, **{name: value}) for name, value in changes.items()}
     assert base not in others

@@ -5,6 +5,7 @@
 //   vectors  runs in which neighbours have different scales (axis or group axis is not the innermost)
 
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "numerics.h"
@@ -343,6 +344,38 @@ QFX_API void qfx_fake_quantize_backward(const float* grad, const uint8_t* mask, 
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) to[i] = in[i] * static_cast<float>(inside[i]);
   });
+}
+
+// NaN if there is one, as torch.aminmax.
+QFX_API void qfx_min_max(const float* x, float* low, float* high, int64_t n, int threads) {
+  struct Extremes {
+    float low, high;
+    int nan;
+  };
+  std::vector<Extremes> parts((n + kPart - 1) / kPart);
+  parallel_for(static_cast<int64_t>(parts.size()), kPart, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const float* __restrict in = x + part * kPart;
+      const int64_t count = std::min(kPart, n - part * kPart);
+      float least = in[0], most = in[0];
+      int nan = 0;
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(| : nan)
+      for (int64_t i = 0; i < count; ++i) {
+        least = in[i] < least ? in[i] : least;
+        most = in[i] > most ? in[i] : most;
+        nan |= in[i] != in[i];
+      }
+      parts[part] = {least, most, nan};
+    }
+  });
+  Extremes all = parts[0];
+  for (const Extremes& part : parts) {
+    all.low = std::min(all.low, part.low);
+    all.high = std::max(all.high, part.high);
+    all.nan |= part.nan;
+  }
+  *low = all.nan ? std::numeric_limits<float>::quiet_NaN() : all.low;
+  *high = all.nan ? std::numeric_limits<float>::quiet_NaN() : all.high;
 }
 
 // Symmetric, one scale a row: scale = max(absmax / half_range, smallest).

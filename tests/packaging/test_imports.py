@@ -71,7 +71,22 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "verify",
     ),
     "passes": ("passes",),
-    "front": ("", "agreement", "api", "batch_statistics", "clipping", "distillation", "artifact", "compat", "dynamo", "node_table", "onnx", "parity", "report", "testing"),
+    "front": (
+        "",
+        "agreement",
+        "api",
+        "artifact",
+        "batch_statistics",
+        "clipping",
+        "compat",
+        "distillation",
+        "dynamo",
+        "node_table",
+        "onnx",
+        "parity",
+        "report",
+        "testing",
+    ),
     "tools": ("tools",),
 }
 # Beside the layers: reference models know nothing of qfx, and only tools may use them.

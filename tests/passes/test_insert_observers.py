@@ -96,9 +96,26 @@ def test_two_specs_of_one_value_get_modules_of_their_own(net) -> None:
 
     recipe = Recipe.int8().set("b", activation=4)
     gm = prepared(net(forward, a=conv(), b=conv(), c=conv()), recipe)
-    found = readers(gm, "conv2d")
-    by_bits = {reader: gm.get_submodule(next(n.target for n in gm.graph.nodes if n.name == call)).spec.bits for reader, call in found.items()}
-    assert by_bits == {"conv2d_1": 4, "conv2d_2": 8, "sin": 8}
+    nodes = {n.name: n for n in gm.graph.nodes}
+    bits = {n: gm.get_submodule(nodes[n].target).spec.bits for n in ("conv2d_fake_quant", "conv2d_fake_quant_1")}
+    assert bits == {"conv2d_fake_quant": 8, "conv2d_fake_quant_1": 4}
+    assert [nodes[n].args[0].name for n in bits] == ["conv2d", "conv2d_fake_quant"]  # narrow ones of the kernel's own
+    rounded = {n: nodes[n].args[0].name for n in ("conv2d_1", "conv2d_2", "sin")}
+    wide, narrow = bits
+    assert rounded == {"conv2d_1": narrow, "conv2d_2": wide, "sin": wide}
+
+
+def test_specs_of_one_value_do_not_take_the_name_of_another(net) -> None:
+    """``fake_quant.conv2d_1`` is that of %conv2d_1: the second module of %conv2d must find another name."""
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y) + self.c(self.b(y)) + self.c(y)
+
+    gm = prepared(net(forward, a=conv(), b=conv(), c=conv()), Recipe.int8().set("b", activation=4))
+    calls = [(str(n.target), n.args[0].name) for n in gm.graph.nodes if n.op == "call_module"]
+    sources = {path: {source for p, source in calls if p == path} for path, _ in calls}
+    assert all(len(found) == 1 for found in sources.values())
 
 
 def test_a_tied_weight_is_observed_once(net) -> None:

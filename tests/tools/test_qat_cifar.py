@@ -10,12 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from qfx.attributes import nbytes
 from qfx.models import CifarResNet
-from qfx.tools import qat_cifar, qat_images
+from qfx.tools import qat_case, qat_cifar, qat_images
+from qfx.tools.qat_cost import Cost
 from qfx.tools.qat_results import Result, read
 
-pytestmark = [pytest.mark.filterwarnings("ignore::qfx.QfxWarning")]
+pytestmark = [pytest.mark.filterwarnings("ignore::qfx.QfxWarning"), pytest.mark.usefixtures("unmeasured")]
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory and latency have tests of their own."""
+
+    def cost(model: nn.Module, *others: object) -> Cost:
+        return Cost(nbytes([*model.parameters(), *model.buffers()]), None, 1.0, 1.0)
+
+    monkeypatch.setattr(qat_case, "cost", cost)
 
 
 class FakeImages(types.ModuleType):
@@ -130,23 +143,15 @@ def test_missing_files_are_named(
 
 def test_a_model_without_weights_is_trained_first(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(qat_cifar.MODELS, "resnet18", (lambda: CifarResNet(1, width=4), None))  # type: ignore[arg-type]
-    options = (
-        "--model",
-        "resnet18",
-        "--phases",
-        "float",
-        "--float-epochs",
-        "3",
-        "--checkpoint",
-        str(tmp_path / "runs"),
-    )
+    runs = tmp_path / "runs"
+    options = ["--model", "resnet18", "--phases", "float", "--float-epochs", "3", "--checkpoint", str(runs)]
     values = []
     for _ in range(2):  # the second time from the checkpoint
         file = tmp_path / f"{len(values)}.json"
         assert run(data, *options, "--json", str(file)) == 0
         (row,) = read([file])
         values.append(row.value)
-    assert values[0] == values[1] and [file.name for file in (tmp_path / "runs").iterdir()] == ["resnet18_float.pt"]
+    assert values[0] == values[1] and [file.name for file in runs.iterdir()] == ["resnet18_float.pt"]
 
 
 def test_resnet18_keeps_the_resolution_of_small_images() -> None:
