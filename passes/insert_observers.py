@@ -30,6 +30,7 @@ from qfx.attributes import free_path, set_module
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import describe, info, value
 from qfx.operators import is_constant, tensor_inputs
+from qfx.rewrite import root_of
 from qfx.spec import FixedSpec, QuantSpec
 from qfx.stage import Stage
 from qfx.trained_fake_quant import TrainedFakeQuantize
@@ -98,7 +99,8 @@ def _insert(
     shared = "" if is_constant(source) else info(source).group
     key = (shared or source.name, spec)
     if key not in modules:
-        modules[key] = free_path(gm, f"fake_quant.{key[0]}")
+        name = root_of(source).name if is_constant(source) else key[0]
+        modules[key] = free_path(gm, f"fake_quant.{name}")
         layer = info(source).origin or source.name
         set_module(gm, modules[key], _trained(spec, layer, source) if training else FakeQuantize(spec, layer))
     with gm.graph.inserting_after(read):

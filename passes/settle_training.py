@@ -29,13 +29,14 @@ import torch
 from torch import Tensor, fx
 
 from qfx import affine
-from qfx.attributes import drop_unused, set_module
+from qfx.attributes import drop_unused, free_path, set_module
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import info, set_value, update, value
 from qfx.operators import lookup, tensor_inputs
+from qfx.ops import fake_quantize
 from qfx.passes import batch_norm
 from qfx.passes.convert import fake_quant_of
-from qfx.rewrite import erase_dead, evaluate, insert_get, propagate
+from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_get, propagate, root_of
 from qfx.spec import QuantSpec, SharedSpec, bias_spec
 from qfx.stage import Stage
 from qfx.trained_fake_quant import TrainedFakeQuantize
@@ -129,9 +130,9 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node, mark: BatchNormMark) -> None:
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     quantizer = fake_quant_of(gm, weight)
+    trained = tensor_inputs(weight)
     if quantizer is not None:
-        _take_up(gm, weight, quantizer, factor)
-        plain = weight.args[0]
+        plain = _take_up(gm, weight, quantizer, factor)
         node.args = (node.args[0], plain, *node.args[2:])
     batch_norm.absorb(gm, node, factor, shift)
     product = node.args[1]
@@ -143,6 +144,7 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node, mark: BatchNormMark) -> None:
         node.args = (node.args[0], weight, *node.args[2:])
         update(node, inputs=(*info(node).inputs[:2], None))
         _say_bias(node)
+        erase_dead(gm, *trained)
     update(node, mark=None)
     live.replace_all_uses_with(node)
     gm.graph.erase_node(live)
@@ -156,19 +158,31 @@ def _affine_map(module: LiveBatchNorm) -> batch_norm.AffineMap:
     return batch_norm.affine_of(mean.double(), var.double(), gamma, beta, module.eps)
 
 
-def _take_up(gm: fx.GraphModule, weight: fx.Node, quantizer: FakeQuantize, factor: Tensor) -> None:
-    """Free the weight's FakeQuantize of its factor, which its scale takes up where it has one for each channel."""
-    node = weight.kwargs["factor"]
-    assert isinstance(node, fx.Node)
+def _take_up(gm: fx.GraphModule, weight: fx.Node, quantizer: FakeQuantize, factor: Tensor) -> fx.Node:
+    """Free the weight's FakeQuantize of its factor; returns the weight that is multiplied with ``factor`` instead.
+
+    A scale for each channel takes up the factor. The weight is then rounded by the scale of training beforehand: its
+    extremes lie halfway between two integers, and would be rounded anew, to other ones.
+    """
+    node, plain = weight.kwargs["factor"], weight.args[0]
+    assert isinstance(node, fx.Node) and isinstance(plain, fx.Node)
     module = gm.get_submodule(str(node.target))
     assert isinstance(module, BatchNormFactor)
     if module.sign_only:
+        signs = torch.where(factor < 0, -1.0, 1.0).to(torch.float32)
+        layout = (quantizer.axis, quantizer.group_size, quantizer.spec.quant_min, quantizer.spec.quant_max)
+        floats = evaluate(gm, plain)
+        rounded = fake_quantize(floats * signs.to(floats.dtype), quantizer.scale, quantizer.zero_point, *layout)[0]
+        with gm.graph.inserting_before(weight):
+            path = free_path(gm, f"{str(root_of(plain).target)}_rounded")
+            plain = insert_buffer(gm, path, rounded * signs.to(floats.dtype), like=plain)
         channels = factor.abs().flatten()
         shape = [1] * quantizer.scale.ndim
         shape[0 if quantizer.scale.ndim == 1 else module.axis] = -1
         quantizer.scale = (quantizer.scale * channels.reshape(shape)).float().clamp_min(affine.MIN_SCALE)
     weight.kwargs = {}
     erase_dead(gm, node)
+    return plain
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ output's scale (1 LSB) of what the prepared model makes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from qfx import affine
 from qfx.calibration import fake_quants
@@ -125,13 +126,16 @@ def _rounding(gm: fx.GraphModule) -> Iterator[None]:
 
 
 def settled_agreement(live: Recorded, settled: Recorded) -> list[LayerAgreement]:
-    """The trained graph against what settle-training made of it, at every rounding."""
+    """The trained graph against what settle-training made of it, at every rounding and at its float results."""
     found = []
     for source, rounding in settled.rounded.items():
         name = rounding.node
         if name in settled.own:
             got, want = (rounding.integers(t, torch.int32) for t in (settled.own[name], live.values[name]))
             found.append(LayerAgreement(source, rounding.layer, _lsb(got, want), None))
+    for want, got in zip(tree_leaves(live.values["output"]), tree_leaves(settled.values["output"]), strict=True):
+        if isinstance(want, Tensor) and want.is_floating_point():
+            found.append(LayerAgreement("output", "", None, _relative(want, got)))
     return found
 
 
@@ -190,7 +194,7 @@ def _relative(want: Tensor, got: Tensor) -> float:
     return 0.0 if off == 0.0 else off / most if most else float("inf")
 
 
-def require(found: list[LayerAgreement]) -> None:
+def require(found: Sequence[LayerAgreement]) -> None:
     """Raise where a layer breaks the contract.
 
     Raises:

@@ -60,7 +60,7 @@ class _Plan:
     float_parts: tuple[str, ...] = ()
     last_call: Example | None = None
     mode: str = "ptq"
-    versions: tuple[int, ...] = ()
+    fingerprints: tuple[int, ...] = ()
 
 
 def quantize(
@@ -218,7 +218,9 @@ def prepare(
         if slow := _why_slow(chosen_target):
             add_notes(gm, "target", [slow])
     plan = _Plan(behind, example, type(model).__name__, tensor_bytes(model), nodes, _float_parts(captured), mode=mode)
-    setattr(captured.model, _PLAN, dataclasses.replace(plan, versions=_versions(captured.model)))
+    if mode == "qat":
+        plan = dataclasses.replace(plan, fingerprints=_fingerprints(captured.model))
+    setattr(captured.model, _PLAN, plan)
     return captured.model.train(mode == "qat")
 
 
@@ -295,9 +297,10 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 _PIPELINES = {"ptq": ptq_pipeline, "qat": qat_pipeline}
 
 
-def _versions(model: nn.Module) -> tuple[int, ...]:
-    """How often each weight was written to; ranges that are learned do not count."""
-    return tuple(p._version for name, p in model.named_parameters() if "fake_quant." not in name)
+def _fingerprints(model: nn.Module) -> tuple[int, ...]:
+    """A hash of each weight's bits, which copies and files keep; ranges that are learned do not count."""
+    weights = (p.detach() for name, p in model.named_parameters() if "fake_quant." not in name)
+    return tuple(int(torch.hash_tensor(p.contiguous()).view(torch.int64)) for p in weights)
 
 
 @contextmanager
@@ -325,7 +328,7 @@ def _ready_to_convert(prepared: nn.Module, plan: _Plan) -> None:
                     hint="train it, run qfx.calibrate(prepared, data), or leave the layer float with Recipe.skip",
                 )
         update_graph(gm, stage=Stage.CALIBRATED.name)
-    if _versions(prepared) == plan.versions:
+    if _fingerprints(prepared) == plan.fingerprints:
         warnings.warn(
             UntrainedWarning(
                 "no optimizer has changed a weight since qfx.prepare: this is post-training quantization. "
@@ -468,8 +471,9 @@ def _convert_graph(
     )
     freeze(gm, foreign)  # before the first run: kernels pack what they find
     if live is not None and settled is not None:
-        agreement.require(agreement.settled_agreement(live, settled))
-        agreement.require(agreement.lowered_agreement(settled, gm, inputs))
+        found = (*agreement.settled_agreement(live, settled), *agreement.lowered_agreement(settled, gm, inputs))
+        agreement.require(found)
+        made = dataclasses.replace(made, agreement=found)
     if not _weight_only(gm):
         gm.register_forward_pre_hook(GradientGuard(plan.model), with_kwargs=True)
     with torch.no_grad():
@@ -514,6 +518,7 @@ def _joined(reports: list[Report], plan: _Plan, model: nn.Module) -> Report:
         crossings=sum(r.crossings for r in reports),
         regions=sum(r.regions for r in reports),
         share_groups=sum(r.share_groups for r in reports),
+        agreement=tuple(layer for r in reports for layer in r.agreement),
         weight_bytes_after=tensor_bytes(model),
         output_sqnr_db=min(values) if values else None,
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),

@@ -7,9 +7,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def several_ranks() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def joint_extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The extremes over all ranks, of the shape given; the same tensors where there is one rank."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    """The extremes over all ranks, of the shape given; the same tensors where there is one rank.
+
+    Every rank has to call it; one without data gives ``inf`` and ``-inf``.
+    """
+    if not several_ranks():
         return low, high
     both = torch.stack([-low, high])
     dist.all_reduce(both, op=dist.ReduceOp.MAX)
@@ -17,9 +25,13 @@ def joint_extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joint_mean(values: Tensor) -> Tensor:
-    """The mean over all ranks; the same tensor where there is one rank."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    """The mean over all ranks whose values are finite, NaN where none are; the same tensor where there is one rank.
+
+    Every rank has to call it.
+    """
+    if not several_ranks():
         return values
-    total = values.clone()
+    known = torch.isfinite(values).all()
+    total = torch.stack([values.nan_to_num() * known, torch.ones_like(values) * known])
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total[0] / total[1]

@@ -97,6 +97,7 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
             return
         raise _refusal(node, "F.batch_norm trains statistics that no batch norm module holds")
     _drop_count(gm, f"{path}.num_batches_tracked")
+    gm.get_submodule(path)._buffers["num_batches_tracked"] = module.num_batches_tracked  # a frozen one is not in the trace
     tensors = {
         name: str(arg.target)
         for name, arg in zip(("weight", "shift", "mean", "var"), node.args[1:5], strict=True)
@@ -128,10 +129,22 @@ def _dropout(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
         node.args = (source, p, False)
         return
     if name_of(node).endswith("_"):
-        behind = {n for n in gm.graph.nodes if n > node}
-        if is_view(source) or any(u is not node and u in behind for u in source.users):
+        others = [u for u in source.users if u is not node]
+        if is_view(source) or any(is_view(u) or u > node for u in others):
             raise _refusal(node, "dropout in place changes a tensor that is read under another name")
     _alias(gm, node, source, DropoutMark(name_of(node).removesuffix("_"), p))
+
+
+def _native_dropout(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
+    """What tracing behind ``torch.vmap`` makes of dropout: a pair of the result and its mask."""
+    source, p, live = node.args[0], float(node.args[1]), node.args[2]  # type: ignore[arg-type]
+    assert isinstance(source, fx.Node)
+    for part in list(node.users):
+        if part.args[1] == 0:
+            _alias(gm, part, source, DropoutMark("dropout", p if live else 0.0))
+    if node.users:
+        raise _refusal(node, "the mask of dropout is read")
+    gm.graph.erase_node(node)
 
 
 def _attention(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
@@ -199,6 +212,7 @@ def _detach(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
 _REWRITES: Mapping[str, Callable[[fx.GraphModule, fx.Node, nn.Module], Any]] = {
     "batch_norm": _batch_norm,
     **{name + end: _dropout for name in ("dropout", "feature_dropout", "alpha_dropout") for end in ("", "_")},
+    "native_dropout": _native_dropout,
     "scaled_dot_product_attention": _attention,
     "mul": _drop_path,
     "detach": _detach,

@@ -11,6 +11,7 @@ import networkx as nx
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
+from qfx.agreement import LayerAgreement
 from qfx.attributes import nbytes
 from qfx.meta import graph_info, info, value
 from qfx.operators import Kind, activations, lookup, macs, name_of, tensor_inputs
@@ -43,7 +44,8 @@ class Report:
     """What quantization did. ``str(report)`` is the table with its summary; ``to_dict`` gives plain values.
 
     ``weight_bytes``: of all parameters and buffers, tied storage once. ``integer_macs`` leaves out products of two
-    activations (attention), which have no weights; ``product_macs`` counts those.
+    activations (attention), which have no weights; ``product_macs`` counts those. ``agreement``: layer by layer, how far
+    the integers are from the prepared model's, where ``convert`` was asked to check.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Report:
     output_sqnr_db: float | None = None
     notes: tuple[tuple[str, str], ...] = ()
     float_parts: tuple[str, ...] = field(default=())
+    agreement: tuple[LayerAgreement, ...] = ()
 
     @property
     def integer_macs(self) -> float:
@@ -103,6 +106,9 @@ class Report:
             "weights": f"{_size(self.weight_bytes_before)} → {_size(self.weight_bytes_after)}",
             "SQNR of the output": _db(self.output_sqnr_db) + (" dB" if self.output_sqnr_db is not None else ""),
         }
+        if self.agreement:
+            worst = max(layer.lsb or 0 for layer in self.agreement)
+            lines["agrees with the prepared model"] = f"within {worst} LSB, {len(self.agreement)} comparisons"
         return str(tabulate(lines.items(), tablefmt="plain"))
 
     def remarks(self) -> str:

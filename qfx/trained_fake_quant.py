@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from qfx import affine
-from qfx.distributed import joint_extremes, joint_mean
+from qfx.distributed import joint_extremes, joint_mean, several_ranks
 from qfx.errors import CalibrationError, ConfigError
 from qfx.fake_quant import FakeQuantize
 from qfx.observers import MinMax, Observer
@@ -75,6 +77,8 @@ class TrainedFakeQuantize(FakeQuantize):
             factor: of a batch norm behind the layer, for a weight.
             clamp_min, clamp_max: bounds of a relu or hardtanh in front, which is done in the same pass.
         """
+        if isinstance(self.ranges, Learned) and not self._trains() and several_ranks():
+            x = _WithParameter.apply(x, self.step)  # DistributedDataParallel stops at a parameter without gradient
         scaled = x if factor is None else x * factor
         if self.collecting:
             self._collect(scaled.detach(), clamp_min, clamp_max)
@@ -90,8 +94,8 @@ class TrainedFakeQuantize(FakeQuantize):
         clamps = {"clamp_min": clamp_min, "clamp_max": clamp_max}
         if isinstance(self.ranges, Learned):
             scale = self._learned_scale()
-            with torch.no_grad():
-                self.scale.copy_(scale)
+            if self.observing:
+                self._sync()
             gradient_scale = self._gradient_scale(x) if self.ranges.scaled else 1.0
             learned: Tensor = fake_quantize_learned(x, scale, self.zero_point, *layout, gradient_scale, **clamps)
             return learned
@@ -100,10 +104,18 @@ class TrainedFakeQuantize(FakeQuantize):
         rounded: Tensor = fake_quantize(x, scale, zero_point, *layout, **clamps, straight_through=through)[0]
         return rounded
 
+    def _trains(self) -> bool:
+        """Whether a forward pass leads a gradient to the learned scale."""
+        return self.observing and self.quantizing and self.ready
+
     def _learned_scale(self) -> Tensor:
-        """An optimizer may step across zero: the sign says nothing. A frozen scale is trained no more."""
-        step = self.step if self.observing else self.step.detach()
-        return step.abs().clamp_min(affine.MIN_SCALE).reshape(self.scale.shape)
+        """An optimizer may step across zero: the sign says nothing.
+
+        A frozen scale is the buffer, for the momentum of an optimizer may go on moving the parameter.
+        """
+        if not self.observing:
+            return self.scale
+        return self.step.abs().clamp_min(affine.MIN_SCALE).reshape(self.scale.shape)
 
     def _gradient_scale(self, x: Tensor) -> float:
         return 1.0 / math.sqrt(max(1, x.numel() // self.step.numel()) * self.spec.quant_max)
@@ -142,34 +154,46 @@ class TrainedFakeQuantize(FakeQuantize):
 
     def _follow(self, x: Tensor, clamp_min: float | None, clamp_max: float | None) -> None:
         """Let the range follow this batch, as the spec's ``ranges`` say."""
-        if not x.numel():
-            return
         if isinstance(self.ranges, Moving):
-            low, high = affine.min_max(x, self.axis, self.group_size)
-            low, high = (_clamped(t.float(), clamp_min, clamp_max) for t in (low, high))
-            if self.constant:
-                self._set(low, high)
-                self.ready = True
-                return
-            low, high = joint_extremes(low, high)
-            if not self.ready:
-                if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-                    self._start(low, high)
-                return
-            with torch.no_grad():
-                finite = torch.isfinite(low) & torch.isfinite(high)  # a batch that overflows moves nothing
-                for kept, new in ((self.low, low), (self.high, high)):
-                    moved = torch.lerp(kept, new, self.ranges.averaging_constant)
-                    kept.copy_(torch.where(finite, moved, kept))
-                self._set(self.low, self.high)
+            self._move(x, clamp_min, clamp_max)
         elif not self.ready:
-            x = _clamped(x, clamp_min, clamp_max)
-            if not bool(torch.isfinite(x).all()):
-                return
-            observer = self._new_observer()
-            observer(x)
-            low, high = observer.range()
-            self._start(*(joint_mean(t) for t in (low, high)))
+            low, high = self._observed(_clamped(x, clamp_min, clamp_max))
+            if not self.constant:
+                low, high = joint_mean(low), joint_mean(high)
+            if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+                self._start(low, high)
+
+    def _move(self, x: Tensor, clamp_min: float | None, clamp_max: float | None) -> None:
+        assert isinstance(self.ranges, Moving)
+        low, high = affine.min_max(x, self.axis, self.group_size)
+        low, high = (_clamped(t.float(), clamp_min, clamp_max) for t in (low, high))
+        if self.constant:
+            self._set(low, high)
+            self.ready = True
+            return
+        if not x.numel():
+            low, high = low + math.inf, high - math.inf
+        low, high = joint_extremes(low, high)
+        if not self.ready:
+            if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+                self._start(low, high)
+            return
+        with torch.no_grad():
+            finite = torch.isfinite(low) & torch.isfinite(high)  # a batch that overflows moves nothing
+            for kept, new in ((self.low, low), (self.high, high)):
+                moved = torch.lerp(kept, new, self.ranges.averaging_constant)
+                kept.copy_(torch.where(finite, moved, kept))
+            self._set(self.low, self.high)
+
+    def _observed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of one batch; NaN where the batch is empty or not finite."""
+        if not x.numel() or not bool(torch.isfinite(x).all()):
+            unknown = torch.full_like(self.scale, math.nan)
+            return unknown, unknown
+        observer = self._new_observer()
+        observer(x)
+        low, high = observer.range()
+        return low, high
 
     def _start(self, low: Tensor, high: Tensor) -> None:
         """Take ``[low, high]`` for the range, and be ready.
@@ -243,8 +267,8 @@ class TrainedFakeQuantize(FakeQuantize):
                     self.step.copy_(self.scale.reshape(self.step.shape))
 
     def _sync(self) -> None:
-        """Let the buffer say what the parameter says."""
-        if isinstance(self.ranges, Learned):
+        """Let the buffer say what the parameter says, unless it is frozen."""
+        if isinstance(self.ranges, Learned) and self.observing:
             with torch.no_grad():
                 self.scale.copy_(self._learned_scale())
 
@@ -257,6 +281,15 @@ class TrainedFakeQuantize(FakeQuantize):
         plain.train(self.training)
         return plain
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow to another device; ranges and scales keep float32, whatever becomes of the model's dtype."""
+
+        def keep(t: Tensor) -> Tensor:
+            new = fn(t)
+            return new if new.dtype == t.dtype else t.to(new.device)
+
+        return cast(Self, super()._apply(keep, recurse))  # type: ignore[no-untyped-call]
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.observing, self.quantizing, self.ready, self.spec.bits], dtype=torch.int32)
 
@@ -265,6 +298,20 @@ class TrainedFakeQuantize(FakeQuantize):
         bits = int(state[3])
         if isinstance(self.spec, QuantSpec) and bits != self.spec.bits:
             self.spec = replace(self.spec, element=IntType(bits, self.spec.element.signed))
+
+
+class _WithParameter(torch.autograd.Function):
+    """``x``, with a gradient of zeros for a parameter that takes no part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (parameter,) = ctx.saved_tensors
+        return grad, torch.zeros_like(parameter)
 
 
 def _clamped(x: Tensor, low: float | None, high: float | None) -> Tensor:

@@ -28,6 +28,7 @@ from qfx.tools.bench_coverage import coverage, timm, torchvision, transformers
 from qfx.tools.bench_figures import Figure, Options, Skip, brief, table
 from qfx.tools.bench_latency import latency
 from qfx.tools.bench_parity import parity
+from qfx.tools.bench_training import agreement, training
 from qfx.tools.env import FEATURES, cpu_model
 
 Benchmark = Callable[[Options], Iterator[Figure]]
@@ -44,6 +45,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "quantize-time": quantize_time,
     "memory": memory,
     "latency": latency,
+    "training": training,
+    "agreement": agreement,
 }
 
 

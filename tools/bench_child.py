@@ -21,6 +21,7 @@ import qfx
 from qfx.attributes import nbytes
 from qfx.models import MODELS, MODELS_SMALL
 from qfx.tools.bench_calls import call, resized
+from qfx.tools.bench_learners import learner
 
 
 def fresh(name: str, *arguments: str) -> dict[str, float]:
@@ -108,7 +109,23 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-MEASUREMENTS: dict[str, Callable[..., dict[str, float]]] = {"first-quantize": first_quantize, "memory": memory}
+def training_memory(name: str, what: str) -> dict[str, float]:
+    """Resident bytes of three training steps of the learner ``what``; ``before``: with libraries, without its model."""
+    learner(name, what, small=True)()
+    before = _settled()
+    step = learner(name, what)
+    loaded = _settled()
+    _reset_peak()
+    for _ in range(3):
+        step()
+    return {"before": before, "loaded": loaded, "peak": _status("VmHWM")}
+
+
+MEASUREMENTS: dict[str, Callable[..., dict[str, float]]] = {
+    "first-quantize": first_quantize,
+    "memory": memory,
+    "training-memory": training_memory,
+}
 
 
 def main() -> None:

@@ -63,5 +63,9 @@ def observing(recipe: Recipe, weight: ObserverFactory, activation: ObserverFacto
     def qconfig(of: QConfig) -> QConfig:
         return replace(of, weight=spec(of.weight, weight), activation=spec(of.activation, activation))
 
-    rules = tuple(r if r.qconfig is None else replace(r, qconfig=qconfig(r.qconfig)) for r in recipe.rules)
-    return replace(recipe, default=qconfig(recipe.default), rules=rules)
+    return replace(
+        recipe,
+        default=qconfig(recipe.default),
+        rules=tuple(r if r.qconfig is None else replace(r, qconfig=qconfig(r.qconfig)) for r in recipe.rules),
+        ends=None if recipe.ends is None else qconfig(recipe.ends),
+    )

@@ -28,7 +28,7 @@ from qfx.tools.qat_texts import IGNORED, TextBatches, read_texts, text_batch
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    made = parser("qat_stories", __doc__, bits="4/16,3/16", epochs=10, batch=8, lr=1e-3, weight_decay=0.0, distill=1.0)
+    made = parser("qat_stories", __doc__, bits="4/16,3/16", epochs=4, batch=8, lr=1e-3, weight_decay=0.0, distill=1.0)
     add = made.add_argument
     add("--group-size", type=int, default=32, metavar="N", help="weights that share a scale")
     add("--test-stories", type=int, default=300, metavar="N", help="the first N are for the perplexity only")

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor, fx, nn
 
 from qfx import calibration
+from qfx.capture import capture
 from qfx.examples import as_example
 from qfx.passes import (
     Annotate,
@@ -21,7 +22,9 @@ from qfx.passes import (
     FuseLinearBn,
     InsertObservers,
     ShareScales,
+    qat,
 )
+from qfx.pipeline import run_pass
 from qfx.recipe import Recipe
 from qfx.targets import Reference
 from qfx.testing import run_passes
@@ -72,3 +75,20 @@ def fake_quantized() -> Callable[..., Tensor]:
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[..., fx.GraphModule]:
+    """``trained(model, example, recipe, until="absorb-clamps")``: the graph of training behind that pass."""
+
+    def build(
+        model: nn.Module, example: Any, recipe: Recipe | None = None, until: str = "absorb-clamps"
+    ) -> fx.GraphModule:
+        gm = capture(model, example, training=True)
+        for p in qat(recipe or Recipe.int8(), Reference()):
+            run_pass(p, gm)
+            if p.name == until:
+                break
+        return gm.train()
+
+    return build

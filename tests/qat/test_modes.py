@@ -108,11 +108,11 @@ def test_a_batch_norm_that_the_user_froze_stays_frozen() -> None:
     want = frozen.running_mean.clone()
     prepared = qfx.prepare(model, x, mode="qat")
     nets.train(prepared.eval().train(), list(prepared.parameters()), 2, tuple(x.shape))
-    held = prepared.layer1[0].bn1
+    held = prepared.get_submodule("layer1.0.bn1")
     assert not held.training
     assert torch.equal(held.running_mean, want)
     assert not torch.equal(held.weight, frozen.weight), "its affine parameters train on"
-    assert prepared.layer1[0].bn2.training
+    assert prepared.get_submodule("layer1.0.bn2").training
     qfx.convert(prepared.eval(), check=True)
 
 

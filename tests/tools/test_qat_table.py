@@ -124,9 +124,12 @@ def test_bits() -> None:
 
 
 def test_observing_changes_every_spec() -> None:
-    recipe = qfx.Recipe.int8().set("first.*", weight=4).skip("last")
+    recipe = qfx.Recipe.lsq(4, 4).set("first.*", weight=6).skip("last")
     made = observing(recipe, MinMax, Mse)
-    pairs = [(q.weight, q.activation) for q in (made.default, *(r.qconfig for r in made.rules)) if q is not None]
-    assert len(pairs) == 2
-    assert all(w and a and w.observer is MinMax and a.observer is Mse for w, a in pairs)
-    assert observing(made, MinMax, qfx.Recipe.int8().default.activation.observer) == recipe  # type: ignore[union-attr,arg-type]
+    assert made.ends is not None
+    found = [q for q in (made.default, made.ends, *(r.qconfig for r in made.rules)) if q is not None]
+    assert len(found) == 2 + len(recipe.rules) - 1
+    for qconfig in found:
+        assert qconfig.weight is not None and qconfig.weight.observer is MinMax
+        assert qconfig.activation is not None and qconfig.activation.observer is Mse
+    assert observing(made, Mse, Mse) == observing(recipe, Mse, Mse) != made
