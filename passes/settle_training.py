@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx import affine
-from qfx.attributes import drop_unused, free_path, set_module
+from qfx.attributes import drop_unused, free_path, set_buffer, set_module
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import info, set_value, update, value
 from qfx.operators import lookup, tensor_inputs
@@ -37,7 +37,7 @@ from qfx.ops import fake_quantize
 from qfx.passes import batch_norm
 from qfx.passes.convert import fake_quant_of
 from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_get, propagate, root_of
-from qfx.spec import QuantSpec, SharedSpec, bias_spec
+from qfx.spec import DerivedSpec, QuantSpec, SharedSpec, bias_spec
 from qfx.stage import Stage
 from qfx.trained_fake_quant import TrainedFakeQuantize
 from qfx.training import AttentionMark, BatchNormMark, ClampMark, DetachMark, DropoutMark, DropPathMark
@@ -67,6 +67,8 @@ class SettleTraining:
             if settle is not None:
                 settle(gm, node, info(node).mark)
                 count += 1
+        for node in gm.graph.nodes:
+            _keep_coarse_bias(gm, node)
         return count + drop_unused(gm)
 
 
@@ -104,6 +106,36 @@ def _say_bias(node: fx.Node) -> None:
         return
     data = known[0] if isinstance(known[0], QuantSpec) else None
     update(node, inputs=(*known[:2], bias_spec(data, known[1])))
+
+
+def _keep_coarse_bias(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Leave a bias float where its step, ``input_scale * weight_scale``, is wide beside a step of the result.
+
+    Learned scales may be far wider than ranges are. A result that stays float has no step: its bias stays float too.
+    """
+    if not any(isinstance(spec, DerivedSpec) for spec in info(node).inputs):
+        return
+    data, weight = (rounded_by(gm, n) for n in tensor_inputs(node)[:2])
+    assert data is not None and weight is not None
+    widest = float((data.scale.max() * weight.scale.max()).abs())
+    result = _rounding_behind(gm, node)
+    if result is None or widest > COARSEST_BIAS * float(result.scale.min()):
+        update(node, inputs=tuple(None if isinstance(spec, DerivedSpec) else spec for spec in info(node).inputs))
+
+
+def _rounding_behind(gm: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
+    """What rounds the result of ``node``, or of the operators that a kernel does behind it; the finest of several."""
+    while True:
+        rounding = [m for u in node.users if (m := fake_quant_of(gm, u)) is not None]
+        if rounding:
+            return min(rounding, key=lambda m: float(m.scale.min()))
+        if len(node.users) != 1:
+            return None
+        node = next(iter(node.users))
+
+
+COARSEST_BIAS = 0.5
+"""A bias is off by at most half its step: by a quarter of the result's."""
 
 
 # --- batch norm -------------------------------------------------------------------------------------------------------
@@ -173,9 +205,7 @@ def _take_up(gm: fx.GraphModule, weight: fx.Node, quantizer: FakeQuantize, facto
         layout = (quantizer.axis, quantizer.group_size, quantizer.spec.quant_min, quantizer.spec.quant_max)
         floats = evaluate(gm, plain)
         rounded = fake_quantize(floats * signs.to(floats.dtype), quantizer.scale, quantizer.zero_point, *layout)[0]
-        with gm.graph.inserting_before(weight):
-            path = free_path(gm, f"{str(root_of(plain).target)}_rounded")
-            plain = insert_buffer(gm, path, rounded * signs.to(floats.dtype), like=plain)
+        plain = _replaced(gm, weight, plain, rounded * signs.to(floats.dtype))
         channels = factor.abs().flatten()
         shape = [1] * quantizer.scale.ndim
         shape[0 if quantizer.scale.ndim == 1 else module.axis] = -1
@@ -183,6 +213,17 @@ def _take_up(gm: fx.GraphModule, weight: fx.Node, quantizer: FakeQuantize, facto
     weight.kwargs = {}
     erase_dead(gm, node)
     return plain
+
+
+def _replaced(gm: fx.GraphModule, reader: fx.Node, constant: fx.Node, tensor: Tensor) -> fx.Node:
+    """``tensor`` in the place of ``constant``: under its name, where ``reader`` is the only one of it."""
+    path = str(root_of(constant).target)
+    gets = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == path]
+    if gets == [constant] and list(constant.users) == [reader]:
+        set_buffer(gm, path, tensor)
+        return constant
+    with gm.graph.inserting_before(reader):
+        return insert_buffer(gm, free_path(gm, f"{path}_rounded"), tensor, like=constant)
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from qfx import agreement, clipping
 from qfx import calibration as calibration_
 from qfx.batch_statistics import reestimate
 from qfx.calling import codegen_of, flat_inputs
+from qfx.capture import original
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
+from qfx.example_values import restore_values
 from qfx.examples import Example, as_example
 from qfx.inference import GradientGuard, freeze, storages
 from qfx.memory import returned_at_once, trim
@@ -60,7 +63,8 @@ class _Plan:
     float_parts: tuple[str, ...] = ()
     last_call: Example | None = None
     mode: str = "ptq"
-    fingerprints: tuple[int, ...] = ()
+    fingerprints: tuple[float, ...] = ()
+    placement: tuple[torch.device, torch.dtype] | None = None
 
 
 def quantize(
@@ -218,6 +222,7 @@ def prepare(
         if slow := _why_slow(chosen_target):
             add_notes(gm, "target", [slow])
     plan = _Plan(behind, example, type(model).__name__, tensor_bytes(model), nodes, _float_parts(captured), mode=mode)
+    plan = dataclasses.replace(plan, placement=_placement(captured.model))
     if mode == "qat":
         plan = dataclasses.replace(plan, fingerprints=_fingerprints(captured.model))
     setattr(captured.model, _PLAN, plan)
@@ -259,6 +264,7 @@ def convert(prepared: nn.Module, *, check: bool | None = None, verbose: bool = F
         ConfigError: it is in training mode.
         VerifyError: ``check`` found a layer whose integers are off by more than 1 LSB; the text names it.
     """
+    prepared = original(prepared)
     plan = _plan(prepared)
     if plan.mode == "qat":
         _ready_to_convert(prepared, plan)
@@ -297,10 +303,10 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 _PIPELINES = {"ptq": ptq_pipeline, "qat": qat_pipeline}
 
 
-def _fingerprints(model: nn.Module) -> tuple[int, ...]:
-    """A hash of each weight's bits, which copies and files keep; ranges that are learned do not count."""
+def _fingerprints(model: nn.Module) -> tuple[float, ...]:
+    """The sum of each weight, which copies and files keep; ranges that are learned do not count."""
     weights = (p.detach() for name, p in model.named_parameters() if "fake_quant." not in name)
-    return tuple(int(torch.hash_tensor(p.contiguous()).view(torch.int64)) for p in weights)
+    return tuple(float(p.sum(dtype=torch.float64)) for p in weights if p.is_floating_point())
 
 
 @contextmanager
@@ -317,6 +323,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _ready_to_convert(prepared: nn.Module, plan: _Plan) -> None:
     """Refuse a model that is being trained or has no ranges; warn of one that nobody trained."""
+    if any(kind.__name__ == "FSDPModule" for kind in type(prepared).__mro__):
+        raise ConfigError(
+            "the model is sharded by fully_shard: no rank holds whole weights",
+            hint="prepare the float model again and load the full state dict of the sharded one into it",
+        )
+    if replaced := [path for path, m in prepared.named_modules() if isinstance(m, nn.SyncBatchNorm)]:
+        raise ConfigError(
+            f"{replaced[0]} has become a SyncBatchNorm since qfx.prepare, which cannot be folded",
+            hint="train the batch norms that qfx.prepare made; statistics are each rank's own",
+        )
     if prepared.training:
         raise ConfigError("the model is in training mode", hint="call prepared.eval() before qfx.convert(prepared)")
     for gm in graphs(prepared).values():
@@ -412,7 +428,7 @@ def _convert(prepared: nn.Module, *, foreign: frozenset[int], verbose: bool, che
             what = f"the model is {stage_of(gm).name}, not CALIBRATED"
             raise CalibrationError(what, where=path, hint="run qfx.calibrate(prepared, data)")
     with undisturbed():
-        calls = _calls(prepared, parts, plan.last_call or plan.example)
+        calls = _calls(prepared, parts, _fitted(plan.last_call or plan.example, plan, prepared))
         reports = [_convert_graph(gm, inputs, plan, foreign, check) for gm, inputs in calls]
     freeze(prepared, foreign)
     delattr(prepared, _PLAN)
@@ -421,6 +437,30 @@ def _convert(prepared: nn.Module, *, foreign: frozenset[int], verbose: bool, che
     if verbose:
         print(whole)
     return prepared
+
+
+def _fitted(call: Example, plan: _Plan, model: nn.Module) -> Example:
+    """The call on the device that the model was moved to since it was prepared.
+
+    Raises:
+        ConfigError: its dtype has changed, which the graph was made for.
+    """
+    now = _placement(model)
+    if now is None or plan.placement is None or now == plan.placement:
+        return call
+    (device, dtype), (_, before) = now, plan.placement
+    if dtype != before:
+        raise ConfigError(
+            f"the model was prepared in {before} and is in {dtype} now",
+            hint=f"convert it where it was prepared: prepared.to({before})",
+        )
+    return Example(*tree_map_only(Tensor, lambda t: t.to(device), (call.args, dict(call.kwargs))))
+
+
+def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Device and dtype of the model's first floating-point weight."""
+    weights = ((name, p) for name, p in model.named_parameters() if "fake_quant." not in name)
+    return next(((p.device, p.dtype) for _, p in weights if p.is_floating_point()), None)
 
 
 def _calls(
@@ -450,6 +490,7 @@ def _calls(
 def _convert_graph(
     gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan, foreign: frozenset[int], check: bool
 ) -> Report:
+    restore_values(gm, inputs)
     inputs = _few(gm, inputs)
     first, behind = plan.behind.split(Stage.CALIBRATED)
     live = agreement.record(gm, inputs) if check else None

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
+from qfx.part import Part
+
 
 def get_tensor(gm: nn.Module, path: str) -> Tensor:
     """The parameter, buffer or plain tensor attribute at ``path``."""
@@ -23,7 +25,7 @@ def _owner(gm: nn.Module, path: str) -> tuple[nn.Module, str]:
     for part in parents:
         child = owner._modules.get(part)
         if child is None:
-            child = nn.Module()
+            child = Part()
             owner.add_module(part, child)
         owner = child
     return owner, name

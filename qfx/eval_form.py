@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qfx.attributes import get_tensor
 from qfx.errors import CaptureError
 from qfx.meta import describe, update, value
 from qfx.operators import argument, is_view, name_of
@@ -64,12 +65,14 @@ def _draws(node: fx.Node) -> bool:
     return not name or (live and float(argument(node, position, name, 0.0)) > 0.0)
 
 
-def _refusal(node: fx.Node, what: str) -> CaptureError:
+def _refusal(
+    node: fx.Node, what: str, instead: str = "use torch's own modules for dropout and batch norm"
+) -> CaptureError:
     return CaptureError(
         what,
         where=layer_path(node),
         source=source_line(node),
-        hint="use torch's own modules for dropout and batch norm, or quantize after training (mode='ptq')",
+        hint=f"{instead}, or quantize after training (mode='ptq')",
     )
 
 
@@ -93,11 +96,18 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
     path = str(mean.target).rpartition(".")[0] if mean.op == "get_attr" else ""
     module = user.get_submodule(path) if path else user
     if not isinstance(module, _BatchNorm) or mean.op != "get_attr":
-        if not live:
-            return
-        raise _refusal(node, "F.batch_norm trains statistics that no batch norm module holds")
+        if live:
+            raise _refusal(node, "F.batch_norm trains statistics that no batch norm module holds")
+        if any(_is_trained(gm, arg) for arg in node.args[1:3]):  # folding would make constants of them
+            raise _refusal(node, "F.batch_norm has weights to train that no batch norm module holds")
+        return
+    if live and isinstance(module, nn.SyncBatchNorm):
+        raise _refusal(
+            node, "SyncBatchNorm takes its statistics from all ranks, which a graph cannot", "use nn.BatchNorm2d"
+        )
     _drop_count(gm, f"{path}.num_batches_tracked")
-    gm.get_submodule(path)._buffers["num_batches_tracked"] = module.num_batches_tracked  # a frozen one is not in the trace
+    # A frozen batch norm does not count, so that its counter is not in the trace.
+    gm.get_submodule(path)._buffers["num_batches_tracked"] = module.num_batches_tracked
     tensors = {
         name: str(arg.target)
         for name, arg in zip(("weight", "shift", "mean", "var"), node.args[1:5], strict=True)
@@ -105,6 +115,10 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node, user: nn.Module) -> None:
     }
     update(node, mark=BatchNormMark(path=path, eps=module.eps, momentum=module.momentum, frozen=not live, **tensors))
     node.args = (*node.args[:5], False, *node.args[6:])
+
+
+def _is_trained(gm: fx.GraphModule, arg: object) -> bool:
+    return isinstance(arg, fx.Node) and arg.op == "get_attr" and get_tensor(gm, str(arg.target)).requires_grad
 
 
 def _drop_count(gm: fx.GraphModule, path: str) -> None:

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from qfx.errors import CaptureError
 from qfx.graph_module import CapturedModule
 from qfx.origin import clean_path, source_line
+from qfx.part import Part
 
 _INLINED = {"wrap_with_set_grad_enabled": (1, 2), "wrap_with_autocast": (4, 5)}
 """Wrappers whose body becomes part of the graph: the positions of the body and of its first argument."""
@@ -317,7 +318,7 @@ def _register(root: nn.Module, ref: _TensorRef, *, clone: bool, itself: bool) ->
         owner = root
         for part in parents:
             if part not in owner._modules:
-                owner.add_module(part, nn.Module())
+                owner.add_module(part, Part())
             owner = owner.get_submodule(part)
         if isinstance(held, nn.Parameter):
             owner.register_parameter(name, held)

@@ -44,8 +44,8 @@ class Report:
     """What quantization did. ``str(report)`` is the table with its summary; ``to_dict`` gives plain values.
 
     ``weight_bytes``: of all parameters and buffers, tied storage once. ``integer_macs`` leaves out products of two
-    activations (attention), which have no weights; ``product_macs`` counts those. ``agreement``: layer by layer, how far
-    the integers are from the prepared model's, where ``convert`` was asked to check.
+    activations (attention), which have no weights; ``product_macs`` counts those. ``agreement``: layer by layer, how
+    far the integers are from the prepared model's, where ``convert`` was asked to check.
     """
 
     model: str

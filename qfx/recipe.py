@@ -28,7 +28,7 @@ from qfx.spec import (
     QuantSpec,
     Scheme,
 )
-from qfx.training import Learned, Moving, Ranges
+from qfx.training import MOVING, Learned, Ranges
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ KEEP = _Keep()
 Part = QuantSpec | int | None | _Keep
 
 EMBEDDING_BITS = (4, 8)
-_MOVING = Moving()
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,12 @@ class Recipe:
         return PRESETS["w8a16"]
 
     @classmethod
-    def w4a16(cls, group_size: int = 128, *, ranges: Ranges = _MOVING) -> Recipe:
+    def w4a16(cls, group_size: int = 128, *, ranges: Ranges = MOVING) -> Recipe:
         """Linear weights in 4 bits per group of 32, 64 or 128, everything else as it is; ``ranges`` is for training."""
         return _grouped(4, group_size, ranges)
 
     @classmethod
-    def w3a16(cls, group_size: int = 128, *, ranges: Ranges = _MOVING) -> Recipe:
+    def w3a16(cls, group_size: int = 128, *, ranges: Ranges = MOVING) -> Recipe:
         """As :meth:`w4a16`, in 3 bits."""
         return _grouped(3, group_size, ranges)
 

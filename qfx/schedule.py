@@ -92,8 +92,8 @@ class Schedule:
     def check(self, loss: Tensor) -> None:
         """Refuse a loss that would ruin the weights; to be called before ``backward()``.
 
-        A loop that catches the error and goes on with the next batch has skipped the step: ranges, batch-norm
-        statistics and weights are as they were.
+        A loop that catches the error and goes on with the next batch has skipped the step: its weights are as they
+        were, and ranges and batch-norm statistics took up nothing that is not finite.
 
         Raises:
             TrainingError: the loss is NaN or infinite; the text names the step.

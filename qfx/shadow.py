@@ -50,7 +50,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def train_flags(model: nn.Module, shadow: nn.Module) -> dict[nn.Module, bool]:
-    """Which modules of the stand-in train: those of ``model`` that do, or all where the model as a whole is in eval mode."""
+    """Which modules of the stand-in train: those of ``model`` that do, or all where it is in eval mode."""
     whole = model.training
     own = dict(model.named_modules())
     return {module: own[path].training if whole else True for path, module in shadow.named_modules()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qfx.errors import ConfigError
-from qfx.training import Estimator, Moving, Ranges
+from qfx.training import MOVING, Estimator, Ranges
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -140,7 +140,7 @@ class QuantSpec:
     observer: ObserverFactory | None = None
     dynamic: bool = False
     narrow_range: bool = False
-    ranges: Ranges = Moving()
+    ranges: Ranges = MOVING
     estimator: Estimator = Estimator.CLIPPED
 
     def __post_init__(self) -> None:

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from qfx import affine
 from qfx.distributed import joint_extremes, joint_mean, several_ranks
-from qfx.errors import CalibrationError, ConfigError
+from qfx.errors import CalibrationError, ConfigError, TrainingError
 from qfx.fake_quant import FakeQuantize
 from qfx.observers import MinMax, Observer
 from qfx.ops import fake_quantize, fake_quantize_learned
+from qfx.part import Part
 from qfx.recompute import recomputing
 from qfx.spec import FixedSpec, IntType, QuantSpec, Scheme
 from qfx.training import Estimator, Learned, Moving
 
 
-class TrainedFakeQuantize(FakeQuantize):
+class TrainedFakeQuantize(Part, FakeQuantize):
     """Rounds from the first batch on; in training its range follows :attr:`QuantSpec.ranges`.
 
     Until it has a range (from calibration, or from the first batch in training mode) it lets tensors through. Buffers
@@ -78,7 +79,8 @@ class TrainedFakeQuantize(FakeQuantize):
             clamp_min, clamp_max: bounds of a relu or hardtanh in front, which is done in the same pass.
         """
         if isinstance(self.ranges, Learned) and not self._trains() and several_ranks():
-            x = _WithParameter.apply(x, self.step)  # DistributedDataParallel stops at a parameter without gradient
+            # DistributedDataParallel stops at a parameter without gradient.
+            x = cast(Tensor, _WithParameter.apply(x, self.step))  # type: ignore[no-untyped-call]
         scaled = x if factor is None else x * factor
         if self.collecting:
             self._collect(scaled.detach(), clamp_min, clamp_max)
@@ -203,6 +205,7 @@ class TrainedFakeQuantize(FakeQuantize):
         """
         low, high = (t.to(self.scale).reshape(self.scale.shape) for t in (low, high))
         if isinstance(self.ranges, Learned):
+            self._refuse_sharded("starts", "run qfx.calibrate(prepared, data), or a batch, before fully_shard")
             low, high = self._learnable(low, high)
         with torch.no_grad():
             if isinstance(self.ranges, Moving) and not self.constant:
@@ -212,6 +215,11 @@ class TrainedFakeQuantize(FakeQuantize):
             if isinstance(self.ranges, Learned):
                 self.step.copy_(self.scale.reshape(self.step.shape))
         self.ready = True
+
+    def _refuse_sharded(self, what: str, hint: str) -> None:
+        """Parameters of a model that ``fully_shard`` has taken over are whole only while it runs, as copies."""
+        if getattr(self, "_is_fsdp_managed_module", False):
+            raise TrainingError(f"a learned scale {what} in a sharded model", where=self.layer, hint=hint)
 
     def _learnable(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Channels that are all zero get the widest range of the others: from no range none can be learned."""
@@ -244,6 +252,7 @@ class TrainedFakeQuantize(FakeQuantize):
         """Go on with ``bits`` over the same range.
 
         Raises:
+            TrainingError: the scale is learned, and the model sharded.
             ConfigError: the range is frozen, or the spec is of fixed parameters.
         """
         if not isinstance(self.spec, QuantSpec):
@@ -256,6 +265,8 @@ class TrainedFakeQuantize(FakeQuantize):
                 where=self.layer,
                 hint="freeze observers at a later step than the last change of bits",
             )
+        if isinstance(self.ranges, Learned):
+            self._refuse_sharded("changes its bits", "train with the final bits from the start, or without fully_shard")
         self._sync()
         low = (self.spec.quant_min - self.zero_point) * self.scale
         high = (self.spec.quant_max - self.zero_point) * self.scale
@@ -305,13 +316,13 @@ class _WithParameter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
-        ctx.save_for_backward(parameter)
+        ctx.like = parameter.shape, parameter.dtype, parameter.device  # ranges may start meanwhile: it is not saved
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        (parameter,) = ctx.saved_tensors
-        return grad, torch.zeros_like(parameter)
+        shape, dtype, device = ctx.like
+        return grad, torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _clamped(x: Tensor, low: float | None, high: float | None) -> Tensor:

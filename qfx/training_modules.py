@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qfx.part import Part
 from qfx.recompute import recomputing
 
 DROPOUTS: dict[str, type[nn.Module]] = {
@@ -24,7 +25,7 @@ DROPOUTS: dict[str, type[nn.Module]] = {
 """ATen's name of a dropout → the module that does it."""
 
 
-class LiveBatchNorm(_BatchNorm):
+class LiveBatchNorm(Part, _BatchNorm):
     """A batch norm whose statistics can be frozen: it then stays in eval mode whatever ``train()`` says."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,23 +45,22 @@ class LiveBatchNorm(_BatchNorm):
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
-        if recomputing():
-            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         assert self.running_mean is not None and self.running_var is not None
-        mean, var = self.running_mean.clone(), self.running_var.clone()  # what is not finite must not reach them
+        mean, var = self.running_mean.clone(), self.running_var.clone()  # no NaN and no repetition must reach them
         output = F.batch_norm(input, mean, var, self.weight, self.bias, True, self._momentum(), self.eps)
-        with torch.no_grad():
-            self.running_mean.copy_(torch.where(torch.isfinite(mean), mean, self.running_mean))
-            self.running_var.copy_(torch.where(torch.isfinite(var), var, self.running_var))
+        if not recomputing():
+            with torch.no_grad():
+                self.running_mean.copy_(torch.where(torch.isfinite(mean), mean, self.running_mean))
+                self.running_var.copy_(torch.where(torch.isfinite(var), var, self.running_var))
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
         return output
 
     def _momentum(self) -> float:
-        """Count this batch; without a momentum the average is cumulative, as in :class:`torch.nn.BatchNorm2d`."""
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        """Of this batch; without a momentum the average is cumulative, as in :class:`torch.nn.BatchNorm2d`."""
         if self.momentum is None:
             assert self.num_batches_tracked is not None
-            return 1.0 / float(self.num_batches_tracked)
+            return 1.0 / (float(self.num_batches_tracked) + 1.0)
         return self.momentum
 
     def get_extra_state(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +52,9 @@ def learner(name: str, what: str, *, small: bool = False) -> Step:
     return step
 
 
-def _logits(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    found = result[-1] if isinstance(result, tuple) else result
-    return found.flatten(1, -2).mean(1) if found.ndim == 3 else found
+def _logits(result: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """``[rows, classes]``: the result itself, or BERT's by its name."""
+    return result if isinstance(result, Tensor) else result["logits"]
 
 
 def _float(model: nn.Module, x: Tensor, what: str) -> nn.Module:

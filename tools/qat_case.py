@@ -27,8 +27,8 @@ class Case:
 
     ``evaluate`` gives the ``metric`` of a model in eval mode, on ``count`` examples that nothing else has seen;
     ``rising`` says that more is better. ``calibration`` are calls of the model, ``batches(seed)`` the training data.
-    ``recipe`` is what QAT trains and ``ptq_recipes`` what PTQ is tried with, by name. ``one`` is a call of one example:
-    the example for capture, and what latency and memory are measured with.
+    ``recipe`` is what QAT trains, ``lr`` the learning rate for it, and ``ptq_recipes`` what PTQ is tried with, by
+    name. ``one`` is a call of one example: the example for capture, and what latency and memory are measured with.
     """
 
     task: str
@@ -41,6 +41,7 @@ class Case:
     calibration: Sequence[Any]
     batches: Callable[[int], Batches]
     recipe: Callable[[Bits], qfx.Recipe]
+    lr: Callable[[Bits], float]
     ptq_recipes: Callable[[Bits], Mapping[str, qfx.Recipe]]
     one: Any
     target: str = "auto"
@@ -105,13 +106,18 @@ def optimizer_of(model: nn.Module, tuning: Tuning) -> torch.optim.Optimizer:
     return OPTIMIZERS[tuning.optimizer](parameter_groups(model, tuning.weight_decay), tuning.lr)
 
 
-def float_result(case: Case, *, seconds: float | None = None) -> Result:
-    """The float model's own row."""
-    value = _value(case, case.model)
-    return _costed(case, _result(case, "float", "", value, value, seconds=seconds), case.model)
+def value_of(case: Case, model: nn.Module) -> float:
+    """The metric of a model, which is in eval mode for it."""
+    with evaluating(model):
+        return case.evaluate(model)
 
 
-def ptq_results(case: Case, bits: Bits, reference: float) -> list[Result]:
+def float_result(case: Case, reference: float) -> Result:
+    """The float model's own row; ``reference`` is its metric."""
+    return _costed(case, _result(case, "float", "", reference, reference), case.model)
+
+
+def ptq_result(case: Case, bits: Bits, reference: float) -> Result:
     """Quantized after training, by the best recipe of all.
 
     The best is chosen by the metric itself, to PTQ's advantage: it is what QAT has to beat.
@@ -128,9 +134,8 @@ def ptq_results(case: Case, bits: Bits, reference: float) -> list[Result]:
                 target=case.target,
                 verbose=False,
             )
-        found.append((_result(case, "PTQ", str(bits), _value(case, qmodel), reference, note=name), qmodel))
-    result, qmodel = min(found, key=lambda pair: pair[0].drop)
-    return [_costed(case, result, qmodel)]
+        found.append((_result(case, "PTQ", str(bits), value_of(case, qmodel), reference, note=name), qmodel))
+    return _costed(case, *min(found, key=lambda pair: pair[0].drop))
 
 
 def qat_result(
@@ -141,8 +146,8 @@ def qat_result(
     seed: int,
     *,
     checkpoint: Checkpoint | None = None,
-) -> tuple[Result, nn.Module]:
-    """Quantized by training from the calibrated ranges; returns the row and the converted model.
+) -> Result:
+    """Quantized by training from the calibrated ranges.
 
     Raises:
         TrainingError: the loss was not finite too often; the last saved point can be continued from.
@@ -173,7 +178,7 @@ def qat_result(
         case,
         "QAT",
         str(bits),
-        _value(case, qmodel),
+        value_of(case, qmodel),
         reference,
         note=tuning.note,
         seed=seed,
@@ -181,7 +186,7 @@ def qat_result(
         seconds=training.seconds,
         curve=tuple(training.curve),
     )
-    return _costed(case, result, qmodel), qmodel
+    return _costed(case, result, qmodel)
 
 
 def train_float(
@@ -204,11 +209,6 @@ def tried_observers(recipe: qfx.Recipe) -> dict[str, qfx.Recipe]:
 
 def _step_of(share: float | None, steps: int) -> int | None:
     return None if share is None else round(share * steps)
-
-
-def _value(case: Case, model: nn.Module) -> float:
-    with evaluating(model):
-        return case.evaluate(model)
 
 
 def _result(case: Case, method: str, bits: str, value: float, reference: float, **more: Any) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -167,7 +168,8 @@ def train(
         training.load_state_dict(state)
     length = len(batches.epoch(0))
     steps = plan.epochs * length
-    with tqdm(total=steps, initial=min(training.step, steps), desc=what, unit="batch", dynamic_ncols=True) as bar:
+    often = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs fewer lines
+    with tqdm(total=steps, initial=min(training.step, steps), desc=what, unit="batch", mininterval=often) as bar:
         while training.step < steps and not _stopped(training, plan):
             _epoch(training, batches, loss, plan, length, checkpoint, bar)
             mean = training.total / training.counted if training.counted else math.nan

@@ -14,8 +14,8 @@ import torch
 
 from qfx.errors import QfxError
 from qfx.targets import TARGETS
-from qfx.tools.bench_figures import Skip
-from qfx.tools.qat_case import Case, Tuning, checkpoint_of, float_result, ptq_results, qat_result
+from qfx.tools.bench_figures import Skip, need
+from qfx.tools.qat_case import Case, Tuning, checkpoint_of, float_result, ptq_result, qat_result, value_of
 from qfx.tools.qat_checkpoint import Checkpoint, Setting
 from qfx.tools.qat_loop import RATES, Plan
 from qfx.tools.qat_plot import plot
@@ -24,7 +24,11 @@ from qfx.tools.qat_results import METHODS, Result, append
 from qfx.tools.qat_table import table
 
 # Options that do not change what a training run computes: a checkpoint may be continued with others.
-ELSEWHERE = {"data", "bits", "seeds", "phases", "checkpoint", "save_every", "json", "plot", "target", "reestimate"}
+ELSEWHERE = {"data", "bits", "seeds", "phases", "checkpoint", "save_every", "json", "plot", "reestimate"}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and every option with its default."""
 
 
 def _list(text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
@@ -43,7 +47,7 @@ def parser(name: str, description: str | None, **defaults: Any) -> argparse.Argu
     made = argparse.ArgumentParser(
         prog=f"python -m qfx.tools.{name}",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     add = made.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of real data and weights")
@@ -52,9 +56,9 @@ def parser(name: str, description: str | None, **defaults: Any) -> argparse.Argu
     add("--phases", type=partial(_list, kind=_phase), default="float,ptq,qat", help="which rows to make")
     add("--epochs", type=int, metavar="N", help="of QAT")
     add("--batch", type=int, metavar="N", help="examples of a training batch")
-    add("--lr", type=float, help="learning rate of QAT")
+    add("--lr", type=float, help="learning rate of QAT; None: one that suits the bits")
     add("--rate", choices=tuple(RATES), default="cosine", help="how the learning rate goes on")
-    add("--weight-decay", type=float, metavar="X")
+    add("--weight-decay", type=float, metavar="X", help="of matrices and filters")
     add("--clip-norm", type=float, default=5.0, metavar="X", help="the greatest norm of a gradient")
     add("--distill", type=float, nargs="?", const=1.0, default=0.0, metavar="SHARE", help="of the float model's logits")
     add("--temperature", type=float, default=1.0, metavar="T", help="of distillation")
@@ -65,20 +69,18 @@ def parser(name: str, description: str | None, **defaults: Any) -> argparse.Argu
     add("--save-every", type=float, default=120.0, metavar="S", help="seconds between saves within an epoch")
     add("--json", type=Path, metavar="FILE", help="append a line for every row of the table")
     add("--plot", type=Path, metavar="FILE", help="draw the curves into this file (needs matplotlib)")
-    add("--target", default="auto", choices=("auto", *TARGETS))
+    add("--target", default="auto", choices=("auto", *TARGETS), help="what runs the integers")
     add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="threads of torch")
     made.set_defaults(**defaults)
-    for action in made._actions:
-        if action.default not in (None, argparse.SUPPRESS) and "default" not in (action.help or ""):
-            action.help = f"{action.help}; default: {action.default}" if action.help else f"default: {action.default}"
     return made
 
 
-def tuning_of(given: argparse.Namespace, *, optimizer: str) -> Tuning:
-    """The options of the command line that decide a QAT run."""
+def tuning_of(given: argparse.Namespace, lr: float, *, optimizer: str, limit: int | None) -> Tuning:
+    """The options of the command line that decide a QAT run; ``limit``: of the training examples, None for all."""
+    notes = ("distilled" if given.distill else "", f"{limit} examples" if limit else "")
     return Tuning(
         plan=Plan(given.epochs, RATES[given.rate], given.clip_norm),
-        lr=given.lr,
+        lr=lr,
         weight_decay=given.weight_decay,
         optimizer=optimizer,
         distill=given.distill,
@@ -86,7 +88,7 @@ def tuning_of(given: argparse.Namespace, *, optimizer: str) -> Tuning:
         freeze_observers=given.freeze_observers,
         freeze_batch_norm=given.freeze_batch_norm,
         reestimate=given.reestimate,
-        note="distilled" if given.distill else "",
+        note=", ".join(filter(None, notes)),
     )
 
 
@@ -102,8 +104,11 @@ def float_checkpoint(given: argparse.Namespace, name: str, options: Sequence[str
     return checkpoint_of(given.checkpoint, f"{name}_float", settings, given.save_every)
 
 
-def run(case: Case, given: argparse.Namespace, tuning: Tuning) -> list[Result]:
-    """Do the phases that were asked for; every finished row goes to ``--json`` at once."""
+def run(case: Case, given: argparse.Namespace, tuning: Callable[[float], Tuning]) -> list[Result]:
+    """Do the phases that were asked for; every finished row goes to ``--json`` at once.
+
+    ``tuning`` gives the rest of the numbers to a learning rate.
+    """
     results: list[Result] = []
 
     def keep(result: Result) -> None:
@@ -111,29 +116,34 @@ def run(case: Case, given: argparse.Namespace, tuning: Tuning) -> list[Result]:
         if given.json:
             append(given.json, result)
 
-    full = float_result(case)
+    reference = value_of(case, case.model)
     if "float" in given.phases:
-        keep(full)
+        keep(float_result(case, reference))
     for bits in given.bits:
         if "PTQ" in given.phases:
-            for result in ptq_results(case, bits, full.value):
-                keep(result)
+            keep(ptq_result(case, bits, reference))
+        lr = case.lr(bits) if given.lr is None else given.lr
         for seed in given.seeds if "QAT" in given.phases else ():
-            settings = settings_of(given, width=str(bits), seed=seed)
             name = f"{case.name}_{bits}_seed{seed}"
+            settings = settings_of(given, width=str(bits), seed=seed, lr=lr)
             checkpoint = checkpoint_of(given.checkpoint, name, settings, given.save_every)
-            keep(qat_result(case, bits, full.value, tuning, seed, checkpoint=checkpoint)[0])
+            keep(qat_result(case, bits, reference, tuning(lr), seed, checkpoint=checkpoint))
     print(table(results))
     if given.plot:
         plot(results, given.plot)
     return results
 
 
-def guarded(work: Callable[[], object]) -> int:
-    """Run a program's work; what its user can mend is told in words, not as a traceback. Returns the exit status."""
+def program(
+    given: argparse.Namespace, case_of: Callable[[argparse.Namespace], Case], *, optimizer: str, limit: int | None
+) -> int:
+    """A program's work, and its exit status; what its user can mend is told in words, not as a traceback."""
     logging.basicConfig(format="%(message)s")
+    torch.set_num_threads(given.threads)
     try:
-        work()
+        if given.plot:
+            need("matplotlib")  # before hours of work, not behind them
+        run(case_of(given), given, partial(tuning_of, given, optimizer=optimizer, limit=limit))
     except (Skip, QfxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,7 +25,7 @@ from qfx.tools.bench_figures import need
 from qfx.tools.qat_batches import Batch, call
 from qfx.tools.qat_case import Case, Tuning, logits_of, train_float, tried_observers
 from qfx.tools.qat_loop import Plan, cosine
-from qfx.tools.qat_program import float_checkpoint, guarded, parser, run, tuning_of
+from qfx.tools.qat_program import float_checkpoint, parser, program
 from qfx.tools.qat_recipes import Bits, static_recipe
 from qfx.tools.qat_sentences import PAD, Sentence, SentenceBatches, Vocabulary, by_length, held_out, read_sentences
 
@@ -33,7 +33,7 @@ ROWS = 32  # sentences of a batch that is only evaluated
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    made = parser("qat_sst2", __doc__, bits="8,4/8", epochs=1, batch=32, lr=5e-5, weight_decay=0.01)
+    made = parser("qat_sst2", __doc__, bits="8,4/8", epochs=1, batch=32, weight_decay=0.01)
     add = made.add_argument
     add("--model", type=Path, metavar="DIR", help="a Hugging Face directory of a classifier and its tokenizer")
     add("--train-sentences", type=int, metavar="N", help="train on N only")
@@ -41,9 +41,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=int, default=64, metavar="N", help="tokens of a sentence, at most")
     add("--dropout", type=float, default=0.1, metavar="P", help="of the BERT that is trained from scratch")
     add("--forget", type=float, default=0.1, metavar="P", help="words that it is not shown in training")
-    add("--float-epochs", type=int, metavar="N", help="of float training; default: 4 from scratch, 0 with --model")
+    add("--float-epochs", type=int, metavar="N", help="of float training; None: 3 from scratch, 0 with --model")
     add("--float-lr", type=float, default=1e-4, help="learning rate of the same")
-    add("--embedding-storage", type=int, metavar="BITS", help="keep embeddings in 8 or 4 bits; default: float")
+    add("--embedding-storage", type=int, metavar="BITS", help="keep embeddings in 8 or 4 bits; None: float")
     return made.parse_args(argv)
 
 
@@ -70,7 +70,7 @@ def from_scratch(train: Sequence[Sentence], given: argparse.Namespace) -> Classi
     torch.manual_seed(0)
     model = Bert(replace(BERT_SMALL, vocab_size=len(words), max_length=given.max_length, dropout=given.dropout))
     model.apply(_initialise)
-    return Classifier("bert_small", model, words.encode, PAD, 4, given.forget)
+    return Classifier("bert_small", model, words.encode, PAD, 3, given.forget)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -140,6 +140,7 @@ def case_of(given: argparse.Namespace) -> Case:
         calibration=[inputs for inputs, _ in by_length(rows[:512], labels[:512], ROWS, found.pad)],
         batches=batches,
         recipe=recipe,
+        lr=lambda bits: 2e-5 if bits.weight == 8 else 5e-5,
         ptq_recipes=lambda bits: tried_observers(recipe(bits)),
         one=longest,
         target=given.target,
@@ -154,8 +155,7 @@ def accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments(argv)
-    torch.set_num_threads(given.threads)
-    return guarded(lambda: run(case_of(given), given, tuning_of(given, optimizer="adamw")))
+    return program(given, case_of, optimizer="adamw", limit=given.train_sentences)
 
 
 if __name__ == "__main__":

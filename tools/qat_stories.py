@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,13 +21,13 @@ from qfx.recipe import Recipe
 from qfx.tools.bench_data import file_of
 from qfx.tools.qat_batches import Batch, call
 from qfx.tools.qat_case import Case, logits_of
-from qfx.tools.qat_program import guarded, parser, run, tuning_of
+from qfx.tools.qat_program import parser, program
 from qfx.tools.qat_recipes import Bits
 from qfx.tools.qat_texts import IGNORED, TextBatches, read_texts, text_batch
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    made = parser("qat_stories", __doc__, bits="4/16,3/16", epochs=4, batch=8, lr=1e-3, weight_decay=0.0, distill=1.0)
+    made = parser("qat_stories", __doc__, bits="4/16,3/16", epochs=4, batch=8, weight_decay=0.0, distill=1.0)
     add = made.add_argument
     add("--group-size", type=int, default=32, metavar="N", help="weights that share a scale")
     add("--test-stories", type=int, default=300, metavar="N", help="the first N are for the perplexity only")
@@ -74,6 +73,7 @@ def case_of(given: argparse.Namespace) -> Case:
         evaluate=partial(perplexity, batches=batches),
         calibration=[text.unsqueeze(0) for text in rest[:32]],
         batches=partial(TextBatches, rest, given.batch),
+        lr=lambda bits: 1e-3,
         recipe=partial(recipe_of, group_size=given.group_size),
         ptq_recipes=lambda bits: {"rounding": recipe_of(bits, given.group_size)},
         one=test[0][:-1].unsqueeze(0),
@@ -99,8 +99,7 @@ def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments(argv)
-    torch.set_num_threads(given.threads)
-    return guarded(lambda: run(case_of(given), given, tuning_of(given, optimizer="adamw")))
+    return program(given, case_of, optimizer="adamw", limit=given.train_stories)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_every_clamp(net, trained, activation: Any, name: str, bounds: dict[str,
 
 
 def test_a_relu_with_a_second_reader_stays(net, trained) -> None:
-    model = net(lambda self, x: self.b((y := self.a(x).relu())) * y.exp(), a=conv(), b=conv())
+    model = net(lambda self, x: self.b(y := self.a(x).relu()) * y.exp(), a=conv(), b=conv())
     gm = trained(model, X)
     relu = next(n for n in gm.graph.nodes if n.name == "relu")
     assert (relu.op == "call_module") is (len(relu.users) == 1)

@@ -1,5 +1,5 @@
 """One FakeQuantize on every annotated edge."""
-# ruff: noqa: E501  lines of goldens
+
 
 from __future__ import annotations
 

@@ -75,8 +75,9 @@ def test_the_settled_graph_rounds_as_the_trained_one(trained, recipe: Recipe) ->
     gm = trained_a_little(trained(net_of(), X, recipe)).eval()
     live = record(gm, (X,))
     found = settled_agreement(live, record(settle(gm), (X,), live))
-    assert len(found) >= 3 and max(layer.lsb for layer in found) <= 1
-    assert sum(layer.lsb for layer in found) <= 1
+    lsb = [layer.lsb for layer in found if layer.lsb is not None]
+    assert len(lsb) >= 3 and sum(lsb) <= 1
+    assert len(found) > len(lsb) and all(layer.holds for layer in found), "the float result too"
 
 
 def test_it_is_the_graph_of_post_training_quantization(trained, calibrated) -> None:
@@ -84,8 +85,11 @@ def test_it_is_the_graph_of_post_training_quantization(trained, calibrated) -> N
     gm = trained(model, X)
     gm(X)
     ours, theirs = (show(g, with_info=False) for g in (settle(gm), calibrated(model.eval(), X)))
-    operators = [[line.split(" = ")[-1].split("(")[0].split("<")[0] for line in text.splitlines()] for text in (ours, theirs)]
-    assert sorted(operators[0]) == sorted(operators[1])
+
+    def operators(text: str) -> list[str]:
+        return sorted(line.split(" = ")[-1].split("(")[0].split("<")[0] for line in text.splitlines())
+
+    assert operators(ours) == operators(theirs)
     assert not any(isinstance(m, TrainedFakeQuantize) for m in gm.modules())
     assert not any(info(n).mark for n in gm.graph.nodes)
 

@@ -155,6 +155,9 @@ DROPPERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "heads": (lambda: HeadsOfTorch(False), TOKENS),
     "heads with weights": (lambda: HeadsOfTorch(True), TOKENS),
     "encoder": (lambda: nn.TransformerEncoderLayer(16, 2, 32, 0.2, batch_first=True), TOKENS),
-    "pre-norm encoder": (lambda: nn.TransformerEncoderLayer(16, 2, 32, 0.2, "gelu", batch_first=True, norm_first=True), TOKENS),
+    "pre-norm encoder": (
+        lambda: nn.TransformerEncoderLayer(16, 2, 32, 0.2, "gelu", batch_first=True, norm_first=True),
+        TOKENS,
+    ),
 }
 """Name → a model that drops something, and the shape of its input."""

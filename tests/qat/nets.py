@@ -58,10 +58,10 @@ class Tabular(nn.Module):
     def __init__(self, momentum: float | None = 0.1, dropout: float = 0.2) -> None:
         super().__init__()
         self.first, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=momentum)
-        self.drop, self.last = nn.Dropout(dropout), nn.Linear(8, 3)
+        self.second, self.drop, self.last = nn.Linear(8, 8), nn.Dropout(dropout), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.last(self.drop(F.relu(self.norm(self.first(x)))))
+        logits: Tensor = self.last(self.drop(F.relu(self.second(F.relu(self.norm(self.first(x)))))))
         return logits
 
 

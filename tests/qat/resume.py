@@ -1,4 +1,4 @@
-"""A program that trains a prepared model for some steps, from a checkpoint on or from the start, and saves all there is.
+"""A program that trains a prepared model for some steps, from a checkpoint or the start, and saves all there is.
 
 ``python resume.py RECIPE OPTIMIZER FIRST LAST FROM TO``: from step FIRST to LAST; FROM is a checkpoint or ``-``.
 """

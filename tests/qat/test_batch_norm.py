@@ -110,6 +110,40 @@ def test_is_not_folded_before_a_layer_or_with_a_second_reader(kind: Callable[[],
     qfx.convert(prepared.eval(), check=True)
 
 
+def test_a_function_with_weights_of_its_own_is_refused() -> None:
+    """Folding would make constants of them."""
+
+    class Functional(nn.Module):
+        def __init__(self, trained: bool) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("mean", torch.randn(4))
+            self.register_buffer("var", torch.rand(4) + 0.5)
+            self.weight = nn.Parameter(torch.rand(4), requires_grad=trained)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.batch_norm(self.conv(x), self.mean, self.var, self.weight)
+
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(qfx.CaptureError, match=r"weights to train that no batch norm module holds"):
+        qfx.prepare(Functional(True), x, mode="qat")
+    prepared = without_rounding(qfx.prepare(Functional(False), x, mode="qat"))
+    train(prepared, list(prepared.parameters()), 1, tuple(x.shape))
+
+
+def test_statistics_of_all_ranks_are_refused() -> None:
+    x = torch.randn(4, 4, 7, 7)
+    layer, norm, _ = PAIRS["conv2d"]
+    model = settle(Stack(layer(), norm()), x)
+    with pytest.raises(qfx.CaptureError, match=r"SyncBatchNorm takes its statistics from all ranks.*\[layer norm\]"):
+        qfx.prepare(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), x, mode="qat")
+    prepared = qfx.prepare(model, x, mode="qat")
+    train(prepared, list(prepared.parameters()), 1, tuple(x.shape))
+    prepared = nn.SyncBatchNorm.convert_sync_batchnorm(prepared)
+    with pytest.raises(qfx.ConfigError, match="norm has become a SyncBatchNorm since"):
+        qfx.convert(prepared.eval())
+
+
 def test_statistics_can_be_frozen_and_taken_up_again() -> None:
     x = torch.randn(5, 6)
     prepared = qfx.prepare(settle(Tabular(dropout=0.0), x), x, mode="qat")

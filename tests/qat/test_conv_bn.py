@@ -68,7 +68,7 @@ def test_one_convolution_a_step() -> None:
 
 
 CASES = [(name, "lsq") for name in PAIRS if name not in ("alone", "no statistics")]
-CASES += [(name, recipe) for name in ("conv2d", "transposed grouped", "linear") for recipe in RECIPES if recipe != "lsq"]
+CASES += [(name, r) for name in ("conv2d", "transposed grouped", "linear") for r in RECIPES if r != "lsq"]
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES)

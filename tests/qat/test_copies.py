@@ -19,7 +19,8 @@ SHAPE = (4, 3, 6, 6)
 
 
 def in_training(recipe: str = "int8") -> nn.Module:
-    prepared = qfx.prepare(settle(ResNet(dropout=0.2), torch.randn(SHAPE)), torch.randn(SHAPE), recipe=recipe, mode="qat")
+    x = torch.randn(SHAPE)
+    prepared = qfx.prepare(settle(ResNet(dropout=0.2), x), x, recipe=recipe, mode="qat")
     train(prepared, list(prepared.parameters()), 2, SHAPE)
     return prepared
 
@@ -41,12 +42,12 @@ def test_a_copy_trains_on_alone(duplicate: object, recipe: str) -> None:
     results = []
     for m in (twin, model):
         if m is model:
-            assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items()), "the copy's training reached it"
+            assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items()), "the copy reached it"
         torch.manual_seed(9)
         results.append((train(m, list(m.parameters()), 3, SHAPE), m.state_dict()))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][k], v) for k, v in results[1][1].items())
-    x = torch.randn(SHAPE)
+    x = torch.randn(7, *SHAPE[1:])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UntrainedWarning)
         assert torch.equal(qfx.convert(twin.eval())(x), qfx.convert(model.eval())(x))
@@ -87,7 +88,9 @@ def test_scales_stay_float32_when_the_model_changes_its_dtype(recipe: str, dtype
         result.square().mean().backward()
         optimizer.step()
     assert all(torch.isfinite(p).all() for p in prepared.parameters())
-    assert qfx.convert(prepared.eval())(torch.randn(SHAPE, dtype=dtype)).dtype == dtype
+    with pytest.raises(qfx.ConfigError, match=r"prepared in torch.float32 and is in"):
+        qfx.convert(prepared.eval())
+    qfx.convert(prepared.float())
 
 
 def test_moves_to_the_meta_device_and_says_so() -> None:

@@ -94,6 +94,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert one["curve"] == other["curve"]
 
 
+def test_embeddings_are_stored_in_8_bits_where_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+    sizes = []
+    for more in ((), ("--embedding-storage", "8")):
+        file = tmp_path / f"{len(sizes)}.json"
+        assert run(data, "--phases", "ptq", "--bits", "8", "--json", str(file), *more) == 0
+        sizes.append(read([file])[0].bytes)
+    assert sizes[0] is not None and sizes[1] is not None and sizes[1] < sizes[0]
+
+
 def test_missing_files_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "sst2" / "dev.tsv").unlink()
     assert run(data) == 2
@@ -140,4 +149,4 @@ def test_float_training_starts_like_bert() -> None:
     assert not bool(found.model.get_parameter("layers.0.intermediate.bias").any())
     assert bool((found.model.get_parameter("embeddings.norm.weight") == 1).all())
     assert {m.p for m in found.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
-    assert found.name == "bert_small" and found.epochs == 4
+    assert found.name == "bert_small" and found.epochs == 3

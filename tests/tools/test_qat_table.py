@@ -20,10 +20,12 @@ from qfx.tools.qat_recipes import Bits, observing, parse_bits
 from qfx.tools.qat_results import Result, append, read
 from qfx.tools.qat_table import rows_of, table
 
-FLOAT = Result("CIFAR-10", "resnet20", "float", "", "top-1, %", True, 88.0, 88.0, 100, bytes=2**20, speedup=1.0)
+FLOAT = Result("CIFAR-10", "resnet20", "float", "", "top-1, %", True, 88.0, 88.0, 10_000, bytes=2**20, speedup=1.0)
 PTQ = replace(FLOAT, method="PTQ", bits="W4A4", value=80.0, bytes=2**18, note="Mse")
 QAT = replace(PTQ, method="QAT", value=87.5, note="", epochs=10, seed=0, curve=(Point(5, 0.7, 86.0),), seconds=60.0)
-STORIES = replace(QAT, task="TinyStories", model="stories260K", bits="W4A16", metric="perplexity", rising=False)
+STORIES = replace(
+    QAT, task="TinyStories", model="stories260K", count=300, bits="W4A16", metric="perplexity", rising=False
+)
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -69,6 +71,7 @@ def test_table_says_missed_and_gives_no_bar_to_longer_runs() -> None:
     found = cells(table([replace(QAT, value=87.0), replace(QAT, epochs=30)]))
     assert found["QAT W4A4"] == ["87.50", "0.50", "0.25", "1.00", "30 epochs, seed 0, 1.0 min"]  # the later line
     assert "MISSED" in table([replace(QAT, value=87.0)])
+    assert "MISSED" not in table([replace(QAT, value=87.0, count=9_999)])
 
 
 def test_the_bar_of_a_language_model_is_a_share_of_roundings_gap() -> None:
@@ -90,7 +93,7 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     file = tmp_path / "rows.json"
     append(file, QAT)
     assert qat_table.main([str(file)]) == 0
-    assert "CIFAR-10, resnet20, 100 examples" in capsys.readouterr().out
+    assert "CIFAR-10, resnet20, 10000 examples" in capsys.readouterr().out
     assert qat_table.main([str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err.startswith("error: there is no")
 
