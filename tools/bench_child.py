@@ -65,14 +65,14 @@ def memory(path: str, small: str, what: str, target: str) -> dict[str, float]:
     model, example = MODELS_SMALL[small]()
     act(model, example, target)
     del model
-    before = _settled()
+    before = settled()
     model, example = torch.load(path, map_location="cpu", weights_only=False)
     weights = nbytes([*model.parameters(), *model.buffers()])
-    loaded = _settled()
-    _reset_peak()
+    loaded = settled()
+    reset_peak()
     result = act(model, example, target)
-    peak = _status("VmHWM")
-    after = _settled()
+    peak = status("VmHWM")
+    after = settled()
     del result
     return {"before": before, "loaded": loaded, "peak": peak, "after": after, "weights": weights}
 
@@ -88,14 +88,14 @@ ACTIONS: dict[str, Callable[[torch.nn.Module, object, str], object]] = {
 }
 
 
-def _settled() -> int:
+def settled() -> int:
     """Resident bytes after what is free went back to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """A field of Linux's /proc/self/status that is given in kB, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -104,7 +104,7 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Let VmHWM start again from what is resident now (see proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -112,13 +112,13 @@ def _reset_peak() -> None:
 def training_memory(name: str, what: str) -> dict[str, float]:
     """Resident bytes of three training steps of the learner ``what``; ``before``: with libraries, without its model."""
     learner(name, what, small=True)()
-    before = _settled()
+    before = settled()
     step = learner(name, what)
-    loaded = _settled()
-    _reset_peak()
+    loaded = settled()
+    reset_peak()
     for _ in range(3):
         step()
-    return {"before": before, "loaded": loaded, "peak": _status("VmHWM")}
+    return {"before": before, "loaded": loaded, "peak": status("VmHWM")}
 
 
 MEASUREMENTS: dict[str, Callable[..., dict[str, float]]] = {

@@ -19,7 +19,7 @@ from torch import nn
 
 from qfx.attributes import nbytes
 from qfx.tools.bench_calls import call
-from qfx.tools.bench_child import _reset_peak, _settled, _status
+from qfx.tools.bench_child import reset_peak, settled, status
 from qfx.tools.bench_timing import Candidate, take_turns
 
 
@@ -71,12 +71,12 @@ def measure(path: str) -> int:
         return model, inputs
 
     call(*load())
-    before = _settled()
+    before = settled()
     model, inputs = load()
-    _settled()
-    _reset_peak()
+    settled()
+    reset_peak()
     call(model, inputs)
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     fields = Parser().parsestr(wheel.read(name).decode())
     assert (fields["Name"], fields["Requires-Python"]) == ("qfx", ">=3.11")
     assert fields["License-Expression"] == "Apache-2.0"
-    assert set(fields.get_all("Provides-Extra", [])) == {"bench", "demo", "test"}
+    assert set(fields.get_all("Provides-Extra", [])) == {"bench", "demo", "plot", "test"}
     assert any(entry.endswith("/LICENSE") for entry in wheel.namelist())
 
 
