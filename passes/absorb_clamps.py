@@ -24,7 +24,7 @@ from torch import fx
 from qfx.attributes import free_path, set_module
 from qfx.meta import update
 from qfx.operators import argument, name_of
-from qfx.passes.convert import fake_quant_of
+from qfx.roundings import fake_quant_of
 from qfx.stage import Stage
 from qfx.trained_fake_quant import TrainedFakeQuantize
 from qfx.training import ClampMark

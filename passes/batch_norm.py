@@ -12,6 +12,7 @@ from qfx.meta import value
 from qfx.operators import argument, is_constant, lookup
 from qfx.patterns import NoMatch
 from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call, root_of
+from qfx.training_modules import channel_factor
 
 NAMES = "batch_norm _native_batch_norm_legit_no_training"
 
@@ -57,6 +58,14 @@ def channels(compute: fx.Node) -> tuple[tuple[int, ...], int, int]:
     assert row is not None and isinstance(weight, fx.Node)
     groups = argument(compute, 6, "groups", 1) if row.channel_axis == 1 else 1
     return tuple(value(weight).shape), row.channel_axis, groups
+
+
+def fold(gm: fx.GraphModule, compute: fx.Node, affine: AffineMap) -> None:
+    """Let ``compute`` do the map behind it too: scale its weight's output channels, move the shift into its bias."""
+    bias, shift = argument(compute, 2, "bias"), affine.shift
+    if bias is not None:
+        shift = shift + evaluate(gm, bias).double() * affine.scale
+    absorb(gm, compute, channel_factor(affine.scale, *channels(compute)), shift)
 
 
 def absorb(gm: fx.GraphModule, compute: fx.Node, factor: Tensor, bias: Tensor) -> None:

@@ -34,6 +34,7 @@ from qfx.operators import argument, lookup, tensor_inputs
 from qfx.ops import choose_qparams, dequantize, quantize
 from qfx.passes.annotate import specs
 from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call, insert_get, replace_all
+from qfx.roundings import fake_quant_of
 from qfx.spec import DerivedSpec, QuantSpec, Scheme
 from qfx.stage import Stage
 
@@ -62,12 +63,6 @@ class Convert:
         for node in nodes:
             _convert(gm, node, params)
         return len(nodes)
-
-
-def fake_quant_of(gm: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
-    """The FakeQuantize that the node calls, or None."""
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if isinstance(module, FakeQuantize) else None
 
 
 def _check_calibrated(gm: fx.GraphModule, node: fx.Node) -> None:

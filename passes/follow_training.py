@@ -34,8 +34,8 @@ from qfx.attributes import drop_unused, exists, free_path, get_tensor, set_modul
 from qfx.meta import describe, info, update, value
 from qfx.operators import name_of
 from qfx.passes import batch_norm
-from qfx.passes.convert import fake_quant_of
 from qfx.rewrite import erase_dead, insert_get
+from qfx.roundings import fake_quant_of
 from qfx.spec import PerAxis, PerGroup, QuantSpec
 from qfx.stage import Stage
 from qfx.training import AttentionMark, BatchNormMark, DropoutMark, DropPathMark

@@ -29,10 +29,9 @@ from qfx.operators import argument, is_constant
 from qfx.passes import batch_norm
 from qfx.patterns import Match, NoMatch, Rule, op, second_user
 from qfx.patterns import apply as apply_rules
-from qfx.rewrite import erase_dead, evaluate
+from qfx.rewrite import erase_dead
 from qfx.stage import Stage
 from qfx.training import BatchNormMark
-from qfx.training_modules import channel_factor
 
 CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
 
@@ -66,12 +65,9 @@ def fold(gm: fx.GraphModule, match: Match) -> None:
     """Scale the weight's output channels, move the shift into the bias, and drop the batch norm."""
     compute, bn = match["compute"], match["bn"]
     bias, mark = argument(compute, 2, "bias"), info(bn).mark
-    affine = batch_norm.affine_map(gm, bn)
-    factor = channel_factor(affine.scale, *batch_norm.channels(compute))
-    shift = affine.shift if bias is None else affine.shift + evaluate(gm, bias).double() * affine.scale
     if isinstance(mark, BatchNormMark):
         update(compute, mark=replace(mark, bias=str(bias.target) if isinstance(bias, fx.Node) else None))
-    batch_norm.absorb(gm, compute, factor, shift)
+    batch_norm.fold(gm, compute, batch_norm.affine_map(gm, bn))
     bn.replace_all_uses_with(compute)
     erase_dead(gm, bn)
 

@@ -35,8 +35,8 @@ from qfx.meta import info, set_value, update, value
 from qfx.operators import lookup, tensor_inputs
 from qfx.ops import fake_quantize
 from qfx.passes import batch_norm
-from qfx.passes.convert import fake_quant_of
 from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_get, propagate, root_of
+from qfx.roundings import fake_quant_of, rounded_by
 from qfx.spec import DerivedSpec, QuantSpec, SharedSpec, bias_spec
 from qfx.stage import Stage
 from qfx.trained_fake_quant import TrainedFakeQuantize
@@ -70,13 +70,6 @@ class SettleTraining:
         for node in gm.graph.nodes:
             _keep_coarse_bias(gm, node)
         return count + drop_unused(gm)
-
-
-def rounded_by(gm: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
-    """The FakeQuantize that makes the value of ``node``, also where dropout lies between."""
-    while isinstance(info(node).mark, DropoutMark | DropPathMark):
-        node = node.args[0]  # type: ignore[assignment]
-    return fake_quant_of(gm, node)
 
 
 def _say_spec(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -154,19 +147,15 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node, mark: BatchNormMark) -> None:
         return
     (live,) = node.users
     affine_map = _affine_map(module)
-    bias = node.args[2] if len(node.args) > 2 else None
-    shift = affine_map.shift
-    if isinstance(bias, fx.Node):
-        shift = shift + evaluate(gm, bias).double() * affine_map.scale
-    factor = channel_factor(affine_map.scale, *batch_norm.channels(node))
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     quantizer = fake_quant_of(gm, weight)
     trained = tensor_inputs(weight)
     if quantizer is not None:
+        factor = channel_factor(affine_map.scale, *batch_norm.channels(node))
         plain = _take_up(gm, weight, quantizer, factor)
         node.args = (node.args[0], plain, *node.args[2:])
-    batch_norm.absorb(gm, node, factor, shift)
+    batch_norm.fold(gm, node, affine_map)
     product = node.args[1]
     assert isinstance(product, fx.Node)
     update(product, reason="a constant")

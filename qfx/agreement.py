@@ -17,12 +17,12 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from qfx import affine
-from qfx.calibration import fake_quants
 from qfx.errors import VerifyError
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import info
 from qfx.operators import is_constant
 from qfx.ops import quantize
+from qfx.roundings import fake_quants
 from qfx.targets import Leaf
 
 LARGEST_FLOAT = 1e-3

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,14 @@ from qfx.inference import GradientGuard, freeze, storages
 from qfx.memory import returned_at_once, trim
 from qfx.meta import add_notes, graph_info, info, update_graph
 from qfx.metrics import sqnr_db
+from qfx.modes import evaluating
 from qfx.node_table import Report, build_report, crossings, rows_before, tensor_bytes
 from qfx.noise import measure
 from qfx.passes import ptq_pipeline, qat_pipeline
 from qfx.pipeline import Pipeline
 from qfx.recipe import Recipe
 from qfx.regions import Regions, capture_regions
+from qfx.roundings import fake_quants
 from qfx.shadow import undisturbed
 from qfx.stage import Stage, stage_of
 from qfx.targets import Leaf, Target, choose
@@ -241,7 +243,7 @@ def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
         what = f"the calibration data are one {type(data).__name__}"
         raise CalibrationError(what, hint="give an iterable of calls: a list of it, a DataLoader, a generator")
     all_graphs = list(graphs(prepared).values())
-    with undisturbed(), _evaluating(prepared):
+    with undisturbed(), evaluating(prepared):
         for gm in all_graphs:
             calibration_.observe_weights(gm)
         trim()
@@ -309,18 +311,6 @@ def _fingerprints(model: nn.Module) -> tuple[float, ...]:
     return tuple(float(p.sum(dtype=torch.float64)) for p in weights if p.is_floating_point())
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _ready_to_convert(prepared: nn.Module, plan: _Plan) -> None:
     """Refuse a model that is being trained or has no ranges; warn of one that nobody trained."""
     if any(kind.__name__ == "FSDPModule" for kind in type(prepared).__mro__):
@@ -336,7 +326,7 @@ def _ready_to_convert(prepared: nn.Module, plan: _Plan) -> None:
     if prepared.training:
         raise ConfigError("the model is in training mode", hint="call prepared.eval() before qfx.convert(prepared)")
     for gm in graphs(prepared).values():
-        for _, module in calibration_.fake_quants(gm):
+        for _, module in fake_quants(gm):
             if isinstance(module, TrainedFakeQuantize) and not module.ready:
                 raise CalibrationError(
                     "no batch has reached this layer, so it has no range",

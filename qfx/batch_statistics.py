@@ -9,6 +9,7 @@ from torch import nn
 
 from qfx.errors import ConfigError
 from qfx.examples import Example, calibration_call
+from qfx.modes import evaluating
 from qfx.shadow import undisturbed
 from qfx.training_modules import LiveBatchNorm
 
@@ -21,13 +22,11 @@ def reestimate(prepared: nn.Module, data: Iterable[Any], example: Example) -> in
     Raises:
         ConfigError: there are no data.
     """
-    modes = [(module, module.training) for module in prepared.modules()]
     live = [m for m in prepared.modules() if isinstance(m, LiveBatchNorm) and not m.frozen_by_user]
     momenta = [m.momentum for m in live]
     batches = 0
     try:
-        prepared.eval()
-        with undisturbed():
+        with undisturbed(), evaluating(prepared):
             for number, item in enumerate(data):
                 call = calibration_call(item, example, number)
                 if not batches:
@@ -39,8 +38,6 @@ def reestimate(prepared: nn.Module, data: Iterable[Any], example: Example) -> in
     finally:
         for norm, momentum in zip(live, momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
     if not batches:
         raise ConfigError("no data to estimate batch-norm statistics from", hint="pass an iterable of training inputs")
     return batches

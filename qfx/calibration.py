@@ -19,6 +19,7 @@ from qfx.fake_quant import FakeQuantize
 from qfx.meta import add_notes, update_graph
 from qfx.operators import is_constant, mutates
 from qfx.rewrite import evaluate
+from qfx.roundings import fake_quants
 from qfx.stage import Stage
 from qfx.trained_fake_quant import TrainedFakeQuantize
 
@@ -34,14 +35,6 @@ class CalibrationWarning(QfxWarning):
 
 class OutlierWarning(QfxWarning):
     """A few values lie far outside the range that quantizes the others best: they are clipped."""
-
-
-def fake_quants(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, FakeQuantize]]:
-    """Every FakeQuantize of a prepared graph with the node that calls it."""
-    for node in gm.graph.nodes:
-        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, FakeQuantize):
-            yield node, module
 
 
 def observe_weights(gm: fx.GraphModule) -> None:

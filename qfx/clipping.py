@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from qfx.attributes import get_tensor
-from qfx.calibration import fake_quants
 from qfx.ops import fake_quantize
+from qfx.roundings import fake_quants
 from qfx.trained_fake_quant import TrainedFakeQuantize
 
 

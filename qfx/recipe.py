@@ -259,6 +259,7 @@ class Recipe:
         lines = [f"Recipe {self.name}" + (" with reduced range" if self.reduce_range else "")]
         lines += [f"  embeddings stored in {self.embedding_storage} bits"] if self.embedding_storage else []
         lines += [f"  {i}. {rule}" for i, rule in enumerate(self.rules, 1)]
+        lines += [f"  first and last layers: {self.ends}"] if self.ends else []
         return "\n".join([*lines, f"  else: {self.default}"])
 
 

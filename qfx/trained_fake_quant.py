@@ -15,7 +15,7 @@ from qfx.distributed import joint_extremes, joint_mean, several_ranks
 from qfx.errors import CalibrationError, ConfigError, TrainingError
 from qfx.fake_quant import FakeQuantize
 from qfx.observers import MinMax, Observer
-from qfx.ops import fake_quantize, fake_quantize_learned
+from qfx.ops import fake_quantize, fake_quantize_learned, min_max
 from qfx.part import Part
 from qfx.recompute import recomputing
 from qfx.spec import FixedSpec, IntType, QuantSpec, Scheme
@@ -167,7 +167,7 @@ class TrainedFakeQuantize(Part, FakeQuantize):
 
     def _move(self, x: Tensor, clamp_min: float | None, clamp_max: float | None) -> None:
         assert isinstance(self.ranges, Moving)
-        low, high = affine.min_max(x, self.axis, self.group_size)
+        low, high = min_max(x) if self.axis is None else affine.min_max(x, self.axis, self.group_size)
         low, high = (_clamped(t.float(), clamp_min, clamp_max) for t in (low, high))
         if self.constant:
             self._set(low, high)

@@ -12,15 +12,14 @@ import torch
 from torch import fx
 
 from qfx.errors import VerifyError
-from qfx.fake_quant import FakeQuantize
 from qfx.meta import info, value
 from qfx.operators import Kind, Op, is_constant, lookup, mutates, name_of, tensor_inputs
 from qfx.ops import dequantize, quantize
 from qfx.printer import show_node
+from qfx.roundings import fake_quant_of, rounded_by
 from qfx.spec import QuantSpec
 from qfx.stage import Stage
 from qfx.targets import Leaf
-from qfx.training import DropoutMark, DropPathMark
 
 Finding = tuple[fx.Node, str]
 
@@ -93,28 +92,21 @@ def _observed(gm: fx.GraphModule) -> Iterator[Finding]:
             source = tensor_inputs(node)[position]
             if not isinstance(spec, QuantSpec) or not isinstance(value(source), torch.Tensor | None):
                 continue
-            while isinstance(info(source).mark, DropoutMark | DropPathMark):  # what it drops was rounded before
-                source = source.args[0]  # type: ignore[assignment]
-            module = _fake_quant(gm, source)
+            module = rounded_by(gm, source)
             if module is None or module.spec != spec:
                 yield node, f"its input {position} has no FakeQuantize of its spec"
 
 
 def _calibrated(gm: fx.GraphModule) -> Iterator[Finding]:
     for node in gm.graph.nodes:
-        module = _fake_quant(gm, node)
+        module = fake_quant_of(gm, node)
         if module is not None and not module.dynamic and not module.scale.numel():
             yield node, "its FakeQuantize has no scale"
 
 
-def _fake_quant(gm: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if isinstance(module, FakeQuantize) else None
-
-
 def _no_observers(gm: fx.GraphModule) -> Iterator[Finding]:
     for node in gm.graph.nodes:
-        if _fake_quant(gm, node) is not None:
+        if fake_quant_of(gm, node) is not None:
             yield node, "an observer is left"
 
 

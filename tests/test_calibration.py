@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import qfx
 from qfx.api import TargetWarning, graphs
-from qfx.calibration import CalibrationWarning, OutlierWarning, fake_quants
+from qfx.calibration import CalibrationWarning, OutlierWarning
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.fake_quant import FakeQuantize
 from qfx.meta import graph_info
 from qfx.observers import Histogram, Observer, Percentile
+from qfx.roundings import fake_quants
 from qfx.spec import UINT8, IntType, QConfig, QuantSpec
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 
 import qfx
 from qfx.api import graphs
-from qfx.calibration import fake_quants
 from qfx.errors import QfxWarning
 from qfx.metrics import sqnr_db
 from qfx.noise import measure
+from qfx.roundings import fake_quants
 from qfx.spec import INT8, UINT8, IntType, QConfig, QuantSpec, Scheme
 
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qfx
+from qfx.modes import evaluating
 from qfx.tools.qat_batches import Batch, Batches, call
 from qfx.tools.qat_checkpoint import Checkpoint, Setting
 from qfx.tools.qat_cost import cost
-from qfx.tools.qat_loop import Loss, Plain, Plan, Training, evaluating, parameter_groups, train
+from qfx.tools.qat_loop import Loss, Plain, Plan, Training, parameter_groups, train
 from qfx.tools.qat_recipes import OBSERVERS, Bits, observing
 from qfx.tools.qat_results import Result
 
@@ -108,7 +109,7 @@ def optimizer_of(model: nn.Module, tuning: Tuning) -> torch.optim.Optimizer:
 
 def value_of(case: Case, model: nn.Module) -> float:
     """The metric of a model, which is in eval mode for it."""
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         return case.evaluate(model)
 
 

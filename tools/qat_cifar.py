@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from qfx.models import CifarResNet
 from qfx.models.resnet import DEPTHS, ResNet
-from qfx.tools.bench_data import file_of
+from qfx.tools.bench_data import file_of, normalised, read_pixels
 from qfx.tools.qat_case import Case, Tuning, train_float, tried_observers
-from qfx.tools.qat_images import ImageBatches, normalised, read_pixels
+from qfx.tools.qat_images import ImageBatches
 from qfx.tools.qat_loop import Plan, cosine
 from qfx.tools.qat_program import float_checkpoint, parser, program
 from qfx.tools.qat_recipes import static_recipe

@@ -1,45 +1,17 @@
-"""CIFAR-10 for training: decoded once into bytes, augmented and normalised a batch at a time."""
+"""CIFAR-10 for training: augmented and normalised a batch at a time."""
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qfx.tools.bench_data import MEAN, STD
-from qfx.tools.bench_figures import need
+from qfx.tools.bench_data import normalised
 from qfx.tools.qat_batches import Batch, Epoch, generator, shuffled
 
-SIZE, PAD = 32, 4
-
-
-def read_pixels(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """The first ``count`` images of a file of JPEG bytes, uint8 ``[N, 32, 32, 3]``, and their labels, int64 ``[N]``.
-
-    The file is as :func:`qfx.tools.bench_data.cifar_images` reads it. All 50,000 images decode in six seconds, so
-    nothing is cached.
-
-    Raises:
-        Skip: Pillow, which decodes them, is not installed.
-    """
-    image = need("PIL.Image")
-    with np.load(path) as file:
-        jpeg, offset, label = file["jpeg"], file["offset"], file["label"][:count]
-    pixels = np.empty((len(label), SIZE, SIZE, 3), dtype=np.uint8)
-    for i in range(len(label)):
-        pixels[i] = image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes())).convert("RGB")
-    return torch.from_numpy(pixels), torch.from_numpy(label.astype(np.int64))
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """Bytes ``[N, H, W, 3]`` as float32 ``[N, 3, H, W]`` in channels-last memory, each channel normalised."""
-    mean, std = (255 * torch.tensor(v, device="cpu") for v in (MEAN, STD))
-    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
+PAD = 4
 
 
 def augmented(pixels: Tensor, random: torch.Generator) -> Tensor:

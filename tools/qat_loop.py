@@ -7,8 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qfx.errors import TrainingError
+from qfx.modes import evaluating
 from qfx.tools.qat_batches import Batch, Batches
 from qfx.tools.qat_checkpoint import Checkpoint
 
@@ -173,7 +173,7 @@ def train(
         while training.step < steps and not _stopped(training, plan):
             _epoch(training, batches, loss, plan, length, checkpoint, bar)
             mean = training.total / training.counted if training.counted else math.nan
-            with evaluating(training.model):
+            with evaluating(training.model), torch.no_grad():
                 value = evaluate(training.model)
             training.curve.append(Point(training.step, mean, value))
             training.total, training.counted = 0.0, 0
@@ -251,18 +251,6 @@ def _step(training: Training, batch: Batch, loss: Loss, clip_norm: float) -> Non
     training.schedule.step()
     training.total += value.item()
     training.counted += 1
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and without gradients; the mode that the model had behind."""
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -224,19 +222,8 @@ def test_accuracy_needs_data(tmp_path: Path) -> None:
         file_of(tmp_path, "resnet.pt")
 
 
-class FakeImages(types.ModuleType):
-    """Stands for PIL.Image: an "encoded image" is one byte, which all pixels then have."""
-
-    @staticmethod
-    def open(file: Any) -> Any:
-        value = file.read()[0]
-        return types.SimpleNamespace(convert=lambda mode: np.full((32, 32, 3), value, np.uint8))
-
-
 @pytest.fixture
-def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(sys.modules, "PIL", types.ModuleType("PIL"))
-    monkeypatch.setitem(sys.modules, "PIL.Image", FakeImages("PIL.Image"))
+def cifar(tmp_path: Path, one_byte_images: None) -> Path:
     for part, count in (("train", 512), ("test", 20)):
         np.savez(
             tmp_path / f"cifar10_jpeg_{part}.npz",

@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from qfx.attributes import nbytes
 from qfx.models import CifarResNet
-from qfx.tools import qat_case, qat_cifar, qat_images
-from qfx.tools.qat_cost import Cost
+from qfx.tools import qat_cifar, qat_images
 from qfx.tools.qat_results import Result, read
 
 pytestmark = [pytest.mark.filterwarnings("ignore::qfx.QfxWarning"), pytest.mark.usefixtures("unmeasured")]
 
 
 @pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory and latency have tests of their own."""
-
-    def cost(model: nn.Module, *others: object) -> Cost:
-        return Cost(nbytes([*model.parameters(), *model.buffers()]), None, 1.0, 1.0)
-
-    monkeypatch.setattr(qat_case, "cost", cost)
-
-
-class FakeImages(types.ModuleType):
-    """Stands for PIL.Image: an "encoded image" is one byte, which all pixels then have."""
-
-    @staticmethod
-    def open(file: Any) -> Any:
-        value = file.read()[0]
-        return types.SimpleNamespace(convert=lambda mode: np.full((32, 32, 3), value, np.uint8))
-
-
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_byte_images: None) -> Path:
     """Images whose brightness is their class, and the weights of an untrained network."""
-    monkeypatch.setitem(sys.modules, "PIL", types.ModuleType("PIL"))
-    monkeypatch.setitem(sys.modules, "PIL.Image", FakeImages("PIL.Image"))
     monkeypatch.setitem(qat_cifar.MODELS, "resnet20", (lambda: CifarResNet(1, width=4), "small.pt"))  # type: ignore[arg-type]
     folder = tmp_path / "data"
     folder.mkdir()

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import qfx
+from qfx.tools.bench_data import normalised
 from qfx.tools.qat_batches import Epoch, bucketed, generator, padded, shuffled
-from qfx.tools.qat_images import PAD, ImageBatches, augmented, normalised
+from qfx.tools.qat_images import PAD, ImageBatches, augmented
 from qfx.tools.qat_sentences import (
     FIRST,
     UNKNOWN,

@@ -10,25 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from qfx.attributes import nbytes
 from qfx.models import BertConfig, build_bert
-from qfx.tools import qat_case, qat_sst2
-from qfx.tools.qat_cost import Cost
+from qfx.tools import qat_sst2
 from qfx.tools.qat_results import read
 
 pytestmark = [pytest.mark.filterwarnings("ignore::qfx.QfxWarning"), pytest.mark.usefixtures("unmeasured")]
-
-
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory and latency have tests of their own."""
-
-    def cost(model: nn.Module, *others: object) -> Cost:
-        return Cost(nbytes([*model.parameters(), *model.buffers()]), None, 1.0, 1.0)
-
-    monkeypatch.setattr(qat_case, "cost", cost)
 
 
 TINY = BertConfig(dim=16, layers=1, heads=2, hidden=32)

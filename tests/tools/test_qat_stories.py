@@ -7,26 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from qfx.attributes import nbytes
 from qfx.models import build_llama, load_stories260k
-from qfx.tools import bench_accuracy, qat_case, qat_stories
-from qfx.tools.qat_cost import Cost
+from qfx.tools import bench_accuracy, qat_stories
 from qfx.tools.qat_results import read
 from qfx.tools.qat_texts import read_texts
 
 pytestmark = [pytest.mark.filterwarnings("ignore::qfx.QfxWarning"), pytest.mark.usefixtures("unmeasured")]
-
-
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory and latency have tests of their own."""
-
-    def cost(model: nn.Module, *others: object) -> Cost:
-        return Cost(nbytes([*model.parameters(), *model.buffers()]), None, 1.0, 1.0)
-
-    monkeypatch.setattr(qat_case, "cost", cost)
 
 
 @pytest.fixture
