@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from qfx.auto_recipe import AutoRecipe
+from qfx.errors import ConfigError
 from qfx.passes.absorb_clamps import AbsorbClamps
+from qfx.passes.allocate_bits import AllocateBits
 from qfx.passes.annotate import Annotate
+from qfx.passes.annotate_again import AnnotateAgain
 from qfx.passes.cancel_pairs import CancelPairs
 from qfx.passes.canonicalize import Canonicalize
 from qfx.passes.convert import Convert
@@ -17,6 +21,8 @@ from qfx.passes.fuse_epilogues import FuseEpilogues
 from qfx.passes.fuse_linear_bn import FuseLinearBn
 from qfx.passes.insert_observers import InsertObservers
 from qfx.passes.lower import Lower
+from qfx.passes.measure_latency import MeasureLatency
+from qfx.passes.measure_sensitivity import MeasureSensitivity
 from qfx.passes.reuse_memory import ReuseMemory
 from qfx.passes.settle_training import SettleTraining
 from qfx.passes.share_scales import ShareScales
@@ -48,6 +54,17 @@ def ptq(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
     )
 
 
+def auto_ptq(auto: AutoRecipe, target: Target) -> tuple[Pass, ...]:
+    """The order that finds the bits itself: behind calibration it measures sensitivity and annotates anew."""
+    order: list[Pass] = []
+    for p in ptq(auto.base, target):
+        order.append(p)
+        if isinstance(p, InsertObservers):
+            order += [MeasureSensitivity(auto, target), *([MeasureLatency(target)] if auto.latency_ms else [])]
+            order += [AllocateBits(auto), AnnotateAgain(target)]
+    return tuple(order)
+
+
 def qat(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
     """The order of quantization-aware training, which happens between ``absorb-clamps`` and ``settle-training``.
 
@@ -62,13 +79,22 @@ def qat(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
     return tuple(order)
 
 
-def ptq_pipeline(recipe: Recipe, target: Target) -> Pipeline:
-    """:func:`ptq` as a pipeline that can be edited."""
-    return Pipeline(ptq(recipe, target))
+def ptq_pipeline(recipe: Recipe | AutoRecipe, target: Target) -> Pipeline:
+    """:func:`ptq`, or :func:`auto_ptq`, as a pipeline that can be edited."""
+    return Pipeline(auto_ptq(recipe, target) if isinstance(recipe, AutoRecipe) else ptq(recipe, target))
 
 
-def qat_pipeline(recipe: Recipe, target: Target) -> Pipeline:
-    """:func:`qat` as a pipeline that can be edited."""
+def qat_pipeline(recipe: Recipe | AutoRecipe, target: Target) -> Pipeline:
+    """:func:`qat` as a pipeline that can be edited.
+
+    Raises:
+        ConfigError: the recipe finds its bits itself, which takes a calibrated model.
+    """
+    if isinstance(recipe, AutoRecipe):
+        raise ConfigError(
+            "training needs the bits beforehand",
+            hint="find them with qfx.sensitivity and qfx.allocate, and train with the recipe that gives",
+        )
     return Pipeline(qat(recipe, target))
 
 

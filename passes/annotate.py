@@ -30,6 +30,7 @@ import torch
 from torch import fx
 
 from qfx.errors import ConfigError, UnsupportedError
+from qfx.layers import ends_of
 from qfx.meta import info, update, update_graph, value
 from qfx.operators import (
     Kind,
@@ -89,21 +90,6 @@ def written_in_place(gm: fx.GraphModule) -> set[fx.Node]:
             aliases.add_edge(node, tensor_inputs(node)[0])
     written = [n for n in gm.graph.nodes if mutates(n) and n in aliases]
     return {n for root in written for n in nx.node_connected_component(aliases, root)}
-
-
-def ends_of(gm: fx.GraphModule) -> set[fx.Node]:
-    """The layers with weights that have no other such layer before them, or none behind."""
-    layers = [n for n in gm.graph.nodes if (row := lookup(n)) is not None and row.weight is not None]
-    behind: set[fx.Node] = set()
-    before: set[fx.Node] = set()
-    known = set(layers)
-    for node in gm.graph.nodes:
-        if any(n in known or n in behind for n in tensor_inputs(node)):
-            behind.add(node)
-    for node in reversed(gm.graph.nodes):
-        if any(n in known or n in before for n in node.users):
-            before.add(node)
-    return {n for n in layers if n not in behind or n not in before}
 
 
 # --- is the recipe meant? ---------------------------------------------------------------------------------------------

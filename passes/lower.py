@@ -15,8 +15,11 @@ After::
     %r = view(%conv, ...)
 
 Anchors are found by their compute op, looking back through dequantize and forward through the epilogue. Operators that
-only move elements run on the integers themselves. Embeddings of a dequantized table gather its integers. Declines, and
-leaves the float computation in place with a note, where the target makes no leaf of a region; the target then says why.
+only move elements run on the integers themselves. Embeddings of a dequantized table gather its integers. A value that
+is read in several widths gets a leaf that makes the narrower integers of the wider: ``quantize(dequantize(%conv))`` is
+then ``PointLeaf<conv_requantize>(%conv)``. Declines, and leaves the float computation in place with a note, where the
+target makes no leaf of a region; the target then says why. Between scales per axis, or such as are chosen at run time,
+float stays as well.
 """
 
 from __future__ import annotations
@@ -36,9 +39,20 @@ from qfx.ops import choose_qparams, dequantize, quantize, unpack_op
 from qfx.passes.cancel_pairs import parameters
 from qfx.passes.fuse_epilogues import ACTIVATIONS
 from qfx.patterns import NoMatch
-from qfx.rewrite import erase_dead, evaluate
+from qfx.rewrite import erase_dead, evaluate, insert_call
 from qfx.stage import Stage
-from qfx.targets import AnchorRegion, DynamicQParams, Leaf, LookupRegion, PointRegion, QParams, Slot, Step, Target
+from qfx.targets import (
+    AnchorRegion,
+    DynamicQParams,
+    Leaf,
+    LookupRegion,
+    PointRegion,
+    QParams,
+    Slot,
+    Step,
+    Target,
+    requantization,
+)
 
 aten = torch.ops.aten
 
@@ -49,7 +63,7 @@ MOVERS = frozenset(row.name for row in OPS.values() if row.kind is Kind.SHARE an
 
 @dataclass(frozen=True)
 class Lower:
-    """Makes leaves of ``target`` for anchors, then for other integer operators, then moves the movers."""
+    """Makes leaves of ``target`` for operators on integers, moves the movers, then makes leaves between two scales."""
 
     target: Target
 
@@ -68,40 +82,60 @@ class Lower:
             found = _REGIONS.get(row.kind, point_region)(gm, node, row, limits)
             if found is None:
                 continue
-            leaf = self._leaf(found)
-            if isinstance(leaf, NoMatch):
-                misses.append(NoMatch(leaf.reason, node))
-                update(node, reason=f"float: {leaf.reason}")
-                continue
-            made.append((_replace(gm, found), found.anchor, leaf))
+            leaf = self._leaf(node, found.region, misses)
+            if leaf is not None:
+                made.append((_replace(gm, found), found.anchor, leaf))
         for call, anchor, leaf in made:  # at last, when tied weights have no reader left that keeps a name taken
             _hold(gm, call, anchor, leaf)
-        moved = move_integers(gm)
+        moved = move_integers(gm, limits)
+        between = self._requantize(gm, limits, misses)
         add_notes(gm, "not lowered", [str(miss) for miss in misses])
         update_graph(gm, target=self.target.name)
-        return len(made) + moved
+        return len(made) + moved + between
 
-    def _leaf(self, found: Found) -> Leaf | NoMatch:
-        region = found.region
+    def _requantize(self, gm: fx.GraphModule, limits: Limits, misses: list[NoMatch]) -> int:
+        """Make leaves of what lies between integers of two scales; returns how many. Movers have moved by then."""
+        notes = []
+        regions = {n: between_scales(gm, n, limits) for n in gm.graph.nodes if n.target is quantize}
+        for node, region in regions.items():
+            leaf = None if region is None else self._leaf(node, region, misses)
+            if region is not None and leaf is not None:
+                notes.append(_story(node, region))
+                _put_between(gm, node, leaf)
+        add_notes(gm, "requantized", notes)
+        return len(notes)
+
+    def _leaf(self, node: fx.Node, region: Region, misses: list[NoMatch]) -> Leaf | None:
+        """The target's leaf for the region of ``node``; None where it has none, which is noted."""
         if isinstance(region, AnchorRegion):
-            return self.target.lower_anchor(region)
-        if isinstance(region, LookupRegion):
-            return self.target.lower_lookup(region)
-        return self.target.lower_point(region)
+            leaf = self.target.lower_anchor(region)
+        elif isinstance(region, LookupRegion):
+            leaf = self.target.lower_lookup(region)
+        else:
+            leaf = self.target.lower_point(region)
+        if not isinstance(leaf, NoMatch):
+            return leaf
+        misses.append(NoMatch(leaf.reason, node))
+        update(node, reason=f"float: {leaf.reason}")
+        return None
+
+
+Region = AnchorRegion | PointRegion | LookupRegion
 
 
 @dataclass(frozen=True)
 class Found:
     """A region and where it is: ``inputs`` of the leaf, the node ``last`` whose value it gives, operators it covers."""
 
-    region: AnchorRegion | PointRegion | LookupRegion
+    region: Region
     anchor: fx.Node
     inputs: tuple[fx.Node, ...]
     last: fx.Node
     covers: tuple[fx.Node, ...]
 
 
-Limits = Mapping[fx.Node, tuple[int, int, torch.dtype]]
+Range = tuple[int, int, torch.dtype]
+Limits = Mapping[fx.Node, Range]
 """What :func:`limits_of` says of every dequantize operator of the CONVERTED graph."""
 
 
@@ -119,7 +153,7 @@ def qparams_of(gm: fx.GraphModule, node: fx.Node, limits: Limits) -> QParams | N
     return QParams(evaluate(gm, scale), evaluate(gm, zero_point), axis, group_size, *low_high_dtype)  # type: ignore[arg-type]
 
 
-def limits_of(node: fx.Node) -> tuple[int, int, torch.dtype]:
+def limits_of(node: fx.Node) -> Range:
     """``(quant_min, quant_max, dtype)``: of a quantize itself, of a dequantize by what made its integers.
 
     Ask before anything is lowered: a kernel that made integers does not tell their range.
@@ -151,9 +185,12 @@ def _sole_quantize(node: fx.Node) -> fx.Node | None:
     if len(node.users) != 1:
         return None
     (user,) = node.users
-    if user.target is not quantize or user.args[3] is not None:
-        return None
-    return user if all(isinstance(p, fx.Node) and is_constant(p) for p in user.args[1:3]) else None
+    return user if user.target is quantize and _per_tensor(user) else None
+
+
+def _per_tensor(node: fx.Node) -> bool:
+    """True for a quantize or dequantize operator with one constant scale and zero point."""
+    return node.args[3] is None and all(isinstance(p, fx.Node) and is_constant(p) for p in node.args[1:3])
 
 
 def _full_arguments(node: fx.Node, start: int) -> tuple[Any, ...]:
@@ -393,6 +430,55 @@ _REGIONS = {Kind.ANCHOR: anchor_region, Kind.FLOAT: lookup_region}
 """How the region of an operator is found; all other kinds are points."""
 
 
+# --- between two scales -----------------------------------------------------------------------------------------------
+
+
+def between_scales(gm: fx.GraphModule, node: fx.Node, limits: Limits) -> PointRegion | None:
+    """The region of a quantize operator that reads dequantized integers, both with constant scales per tensor."""
+    back = _integers(node.args[0])
+    if back is None or not (_per_tensor(back) and _per_tensor(node)):
+        return None
+    given, output = qparams_of(gm, back, limits), qparams_of(gm, node, limits)
+    assert given is not None and output is not None
+    return requantization(given, output)
+
+
+def _story(node: fx.Node, region: PointRegion) -> str:
+    """``conv2d: 8 to 4 bits for linear``."""
+    given, output = ((q.quant_max - q.quant_min).bit_length() for q in (*region.inputs, region.output))
+    return f"{_plain_name(node)}: {given} to {output} bits for {', '.join(_readers(node))}"
+
+
+def _plain_name(node: fx.Node) -> str:
+    """The value that ``node`` quantizes anew, by its name in the prepared graph."""
+    return str(node.args[0]).partition("_dequantize")[0]
+
+
+def _readers(node: fx.Node) -> Iterator[str]:
+    """Names of operators that read the integers of ``node``, or the reals that these stand for."""
+    for user in node.users:
+        if user.target is dequantize:
+            yield from _readers(user)
+        else:
+            yield next(iter(info(user).fused), user.name)
+
+
+def _put_between(gm: fx.GraphModule, node: fx.Node, leaf: Leaf) -> None:
+    """Call ``leaf`` in place of the quantize operator ``node`` and the dequantize before it, if nobody else reads that.
+
+    It covers no operator of the model, so that it stands for none in the table.
+    """
+    back = _integers(node.args[0])
+    assert back is not None
+    path = free_path(gm, f"{_plain_name(node)}_requantize")
+    set_module(gm, path, leaf)
+    with gm.graph.inserting_before(node):
+        call = gm.graph.create_node("call_module", path, (back.args[0],), {}, name=path)
+    call.meta.update(describe(node))
+    node.replace_all_uses_with(call)
+    erase_dead(gm, node)
+
+
 # --- leaves -----------------------------------------------------------------------------------------------------------
 
 
@@ -427,8 +513,12 @@ def _free(gm: fx.GraphModule, path: str) -> bool:
 # --- movers -----------------------------------------------------------------------------------------------------------
 
 
-def move_integers(gm: fx.GraphModule) -> int:
-    """Let ``quantize(mover(dequantize(q)))`` with equal parameters move ``q`` itself; returns how many it replaced."""
+def move_integers(gm: fx.GraphModule, limits: dict[fx.Node, Range]) -> int:
+    """Let ``quantize(mover(dequantize(q)))`` move ``q`` itself; returns how many it replaced.
+
+    Where the quantize has other parameters, as behind a split whose parts are read in several widths, it then reads the
+    moved integers, dequantized: what moves elements moves their widths as well. ``limits`` learns of those.
+    """
     twins: dict[fx.Node, fx.Node | None] = {}
     count = 0
     for node in list(gm.graph.nodes):
@@ -436,24 +526,42 @@ def move_integers(gm: fx.GraphModule) -> int:
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if name_of(source) not in MOVERS or not all(p == parameters(node) for p in _leaves(source)):
+        back = _common(source) if name_of(source) in MOVERS else None
+        same = back is not None and parameters(back) == parameters(node)
+        if back is None or not (same or (_per_tensor(back) and _per_tensor(node))):
             continue
         twin = _twin(gm, source, twins)
-        if twin is not None:
+        if twin is None:
+            continue
+        if same:
             node.replace_all_uses_with(twin)
             erase_dead(gm, node)
-            count += 1
+        else:
+            with gm.graph.inserting_before(node):
+                name = f"{source.name}_dequantize"
+                moved = insert_call(gm, dequantize, twin, *back.args[1:], like=source, name=name)
+            limits[moved] = limits[back]
+            node.replace_input_with(source, moved)
+            erase_dead(gm, source)
+        count += 1
     return count
 
 
-def _leaves(node: fx.Node) -> Iterator[tuple[Any, ...] | None]:
-    """Parameters of every dequantize behind the movers; None for anything else."""
+def _common(node: fx.Node) -> fx.Node | None:
+    """One of the dequantize operators behind movers where all of these have equal parameters; else None."""
+    found = list(_behind(node))
+    alike = len({back and parameters(back) for back in found}) == 1
+    return found[0] if alike else None
+
+
+def _behind(node: fx.Node) -> Iterator[fx.Node | None]:
+    """Every dequantize behind the movers; None for anything else."""
     if (back := _integers(node)) is not None:
-        yield parameters(back)
+        yield back
     elif name_of(node) in MOVERS:
         for n in tensor_inputs(node):
             if isinstance(value(n), Tensor | tuple | list):
-                yield from _leaves(n)
+                yield from _behind(n)
     else:
         yield None
 

@@ -15,6 +15,9 @@ from qfx.api import (
     reestimate_batch_norm,
     report,
 )
+from qfx.auto_recipe import AutoRecipe
+from qfx.bit_allocation import Allocation
+from qfx.bit_search import allocate, pareto, sensitivity
 from qfx.distillation import distillation_loss
 from qfx.errors import (
     ArtifactError,
@@ -33,6 +36,7 @@ from qfx.node_table import Report
 from qfx.pipeline import Pipeline
 from qfx.recipe import QuantRule, Recipe
 from qfx.schedule import Schedule
+from qfx.sensitivity_table import Sensitivity
 from qfx.spec import IntType, PerAxis, PerGroup, PerTensor, PerToken, QConfig, QuantSpec, Scheme
 from qfx.stage import Stage
 from qfx.training import Estimator, Fixed, Learned, Moving
@@ -40,7 +44,9 @@ from qfx.training import Estimator, Fixed, Learned, Moving
 __version__ = "0.1.0"
 
 __all__ = [
+    "Allocation",
     "ArtifactError",
+    "AutoRecipe",
     "CalibrationError",
     "CaptureError",
     "ConfigError",
@@ -65,18 +71,22 @@ __all__ = [
     "Report",
     "Schedule",
     "Scheme",
+    "Sensitivity",
     "Stage",
     "TrainingError",
     "UnsupportedError",
     "VerifyError",
+    "allocate",
     "calibrate",
     "clipped_weights",
     "convert",
     "default_pipeline",
     "distillation_loss",
+    "pareto",
     "prepare",
     "quantize",
     "quantize_qat",
     "reestimate_batch_norm",
     "report",
+    "sensitivity",
 ]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,24 +20,30 @@ from torch.utils._pytree import tree_map_only
 
 from qfx import agreement, clipping
 from qfx import calibration as calibration_
+from qfx.accuracy_control import Trials, control
+from qfx.auto_recipe import AutoRecipe
 from qfx.batch_statistics import reestimate
-from qfx.calling import codegen_of, flat_inputs
+from qfx.bit_allocation import Allocation, allocate_bits
+from qfx.calling import flat_inputs
 from qfx.capture import original
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.example_values import restore_values
 from qfx.examples import Example, as_example
 from qfx.inference import GradientGuard, freeze, storages
+from qfx.kept_calls import keeping
 from qfx.memory import returned_at_once, trim
-from qfx.meta import add_notes, graph_info, info, update_graph
+from qfx.meta import add_notes, graph_info, info, keep_calls, kept_calls, update_graph
 from qfx.metrics import sqnr_db
 from qfx.modes import evaluating
 from qfx.node_table import Report, build_report, crossings, rows_before, tensor_bytes
 from qfx.noise import measure
 from qfx.passes import ptq_pipeline, qat_pipeline
-from qfx.pipeline import Pipeline
+from qfx.pipeline import Pipeline, run_pass
 from qfx.recipe import Recipe
 from qfx.regions import Regions, capture_regions
 from qfx.roundings import fake_quants
+from qfx.samples import few_rows
+from qfx.score_cache import content_of
 from qfx.shadow import undisturbed
 from qfx.stage import Stage, stage_of
 from qfx.targets import Leaf, Target, choose
@@ -43,6 +52,7 @@ from qfx.trained_fake_quant import TrainedFakeQuantize
 log = logging.getLogger(__name__)
 
 _PLAN, _REPORT = "_qfx_plan", "_qfx_report"
+_ROWS = 4  # of the inputs that noise is measured on
 
 
 class UntrainedWarning(QfxWarning):
@@ -67,6 +77,8 @@ class _Plan:
     mode: str = "ptq"
     fingerprints: tuple[float, ...] = ()
     placement: tuple[torch.device, torch.dtype] | None = None
+    auto: AutoRecipe | None = None
+    kept_rows: int = 0
 
 
 def quantize(
@@ -74,7 +86,7 @@ def quantize(
     example_inputs: Any,
     *,
     calibration: Iterable[Any] | None = None,
-    recipe: str | Recipe = "int8",
+    recipe: str | Recipe | AutoRecipe = "int8",
     target: str | Target = "auto",
     pipeline: Pipeline | None = None,
     dynamic_shapes: Any = None,
@@ -88,7 +100,8 @@ def quantize(
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         calibration: any iterable of such inputs, a DataLoader with labels too. Without it the example is used, and a
             warning says so.
-        recipe: a preset's name (``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``) or a :class:`qfx.Recipe`.
+        recipe: a preset's name (``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``), a :class:`qfx.Recipe`, or for bit
+            widths by sensitivity ``auto`` or a :class:`qfx.AutoRecipe`.
         target: ``auto`` (the fastest that this machine can run), ``x86``, ``reference``, or a target.
         pipeline: the passes to run, see :func:`default_pipeline`; it takes ``recipe`` and ``target`` from this call.
         dynamic_shapes: as for ``torch.export.export``, for more than batch and token dimensions.
@@ -104,6 +117,11 @@ def quantize(
         CaptureError, ConfigError, CalibrationError, UnsupportedError: see :mod:`qfx.errors`; the model is unharmed.
     """
     data = [example_inputs] if calibration is None else calibration
+    if inplace and isinstance(recipe, AutoRecipe) and recipe.metric is not None:
+        raise ConfigError(
+            "accuracy control converts the model more than once, so its float weights must stay",
+            hint="leave out inplace=True, or max_drop and metric",
+        )
     with returned_at_once() if inplace else nullcontext():
         trim(collect=inplace)
         prepared = prepare(
@@ -179,20 +197,20 @@ def clipped_weights(prepared: nn.Module) -> dict[str, float]:
 
 
 def default_pipeline(
-    recipe: str | Recipe = "int8", target: str | Target = "auto", *, mode: str = "ptq"
+    recipe: str | Recipe | AutoRecipe = "int8", target: str | Target = "auto", *, mode: str = "ptq"
 ) -> Pipeline:
     """The passes that ``quantize`` runs (``mode="qat"``: ``quantize_qat``).
 
     They are edited with ``before``, ``after``, ``without`` and ``replace``.
     """
-    return _PIPELINES[mode](_recipe(recipe), choose(target))
+    return _PIPELINES[mode](as_recipe(recipe), choose(target))
 
 
 def prepare(
     model: nn.Module,
     example_inputs: Any,
     *,
-    recipe: str | Recipe = "int8",
+    recipe: str | Recipe | AutoRecipe = "int8",
     target: str | Target = "auto",
     pipeline: Pipeline | None = None,
     dynamic_shapes: Any = None,
@@ -212,8 +230,9 @@ def prepare(
     """
     if mode not in _PIPELINES:
         raise ConfigError(f"there is no mode {mode!r}", hint="choose one of " + ", ".join(_PIPELINES))
-    chosen_recipe, chosen_target = _recipe(recipe), choose(target, _device(model))
+    chosen_recipe, chosen_target = as_recipe(recipe), choose(target, _device(model))
     passes = _PIPELINES[mode](chosen_recipe, chosen_target) if pipeline is None else pipeline
+    auto = chosen_recipe if isinstance(chosen_recipe, AutoRecipe) else None
     passes = _bound(passes, chosen_recipe, chosen_target)
     example = as_example(example_inputs)
     captured = capture_regions(model, example, dynamic_shapes=dynamic_shapes, training=mode == "qat")
@@ -224,7 +243,11 @@ def prepare(
         if slow := _why_slow(chosen_target):
             add_notes(gm, "target", [slow])
     plan = _Plan(behind, example, type(model).__name__, tensor_bytes(model), nodes, _float_parts(captured), mode=mode)
-    plan = dataclasses.replace(plan, placement=_placement(captured.model))
+    plan = dataclasses.replace(
+        plan, placement=_placement(captured.model), auto=auto, kept_rows=auto.rows if auto else 0
+    )
+    if auto is not None:
+        _check_whole(plan)
     if mode == "qat":
         plan = dataclasses.replace(plan, fingerprints=_fingerprints(captured.model))
     setattr(captured.model, _PLAN, plan)
@@ -242,12 +265,17 @@ def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
     if isinstance(data, Tensor | Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         what = f"the calibration data are one {type(data).__name__}"
         raise CalibrationError(what, hint="give an iterable of calls: a list of it, a DataLoader, a generator")
-    all_graphs = list(graphs(prepared).values())
+    parts = graphs(prepared)
+    all_graphs = list(parts.values())
     with undisturbed(), evaluating(prepared):
         for gm in all_graphs:
             calibration_.observe_weights(gm)
         trim()
-        _, last = calibration_.run(prepared, all_graphs, data, plan.example)
+        with keeping(parts, plan.kept_rows) as kept:
+            _, last = calibration_.run(prepared, all_graphs, data, plan.example, kept)
+    for path, gm in parts.items():
+        keep_calls(gm, tuple(kept.calls.get(path, ())))
+        update_graph(gm, sensitivity=None, allocation=None)
     trim()
     setattr(prepared, _PLAN, dataclasses.replace(plan, last_call=last))
     return prepared
@@ -351,12 +379,26 @@ def _float_parts(regions: Regions) -> tuple[str, ...]:
     return (regions.stopped_by, *(f"{path}: {reason}" for path, reason in regions.skipped.items()))
 
 
-def _recipe(recipe: str | Recipe) -> Recipe:
-    if isinstance(recipe, Recipe):
+def as_recipe(recipe: str | Recipe | AutoRecipe) -> Recipe | AutoRecipe:
+    if isinstance(recipe, Recipe | AutoRecipe):
         return recipe
     if not isinstance(recipe, str):
         raise ConfigError(f"recipe is a {type(recipe).__name__}", hint="give a preset's name or a qfx.Recipe")
-    return Recipe.preset(recipe)
+    return AutoRecipe() if recipe == "auto" else Recipe.preset(recipe)
+
+
+def keep_rows(prepared: nn.Module, rows: int) -> None:
+    """Let calibration keep the first rows of its data, for what is measured on them."""
+    setattr(prepared, _PLAN, dataclasses.replace(_plan(prepared), kept_rows=rows))
+
+
+def _check_whole(plan: _Plan) -> None:
+    """Refuse to search where capture had to stop at parts: scores at the outputs of each do not compare."""
+    if plan.float_parts:
+        raise ConfigError(
+            f"a search of bit widths needs a model captured whole; here capture stopped: {plan.float_parts[0]}",
+            hint="quantize with a recipe that gives the bits, or change the line that stops capture",
+        )
 
 
 def _device(model: nn.Module) -> str:
@@ -365,13 +407,20 @@ def _device(model: nn.Module) -> str:
     return next((t.device.type for t in tensors if not t.is_meta), "cpu")
 
 
-def _bound(pipeline: Pipeline, recipe: Recipe, target: Target) -> Pipeline:
+def _bound(pipeline: Pipeline, recipe: Recipe | AutoRecipe, target: Target) -> Pipeline:
     """The pipeline with every pass that takes a recipe or a target given those of this call."""
     if not isinstance(pipeline, Pipeline):
         raise ConfigError(
             f"pipeline is a {type(pipeline).__name__}", hint="edit qfx.default_pipeline() and pass the result"
         )
-    given = {"recipe": recipe, "target": target}
+    auto = isinstance(recipe, AutoRecipe)
+    if auto != any(p.name == "allocate-bits" for p in pipeline):
+        raise ConfigError(
+            "the pipeline and the recipe do not fit: "
+            + ("nothing in it finds bit widths" if auto else "it finds bit widths, the recipe gives them"),
+            hint="start from qfx.default_pipeline(recipe) with the recipe of this call",
+        )
+    given = {"target": target, **({"auto": recipe, "recipe": recipe.base} if auto else {"recipe": recipe})}  # type: ignore[union-attr]
 
     def bind(p: Any) -> Any:
         wanted = {f.name for f in dataclasses.fields(p)} & given.keys() if dataclasses.is_dataclass(p) else set()
@@ -417,16 +466,58 @@ def _convert(prepared: nn.Module, *, foreign: frozenset[int], verbose: bool, che
         if stage_of(gm) is not Stage.CALIBRATED:
             what = f"the model is {stage_of(gm).name}, not CALIBRATED"
             raise CalibrationError(what, where=path, hint="run qfx.calibrate(prepared, data)")
+    if plan.auto is not None and plan.auto.metric is not None:
+        return _controlled(prepared, plan, plan.auto, foreign=foreign, verbose=verbose, check=check)
     with undisturbed():
         calls = _calls(prepared, parts, _fitted(plan.last_call or plan.example, plan, prepared))
         reports = [_convert_graph(gm, inputs, plan, foreign, check) for gm, inputs in calls]
     freeze(prepared, foreign)
+    for gm in parts.values():
+        keep_calls(gm, ())
     delattr(prepared, _PLAN)
     whole = _joined(reports, plan, prepared)
     setattr(prepared, _REPORT, whole)
     if verbose:
         print(whole)
     return prepared
+
+
+def _controlled(
+    prepared: nn.Module, plan: _Plan, auto: AutoRecipe, *, foreign: frozenset[int], verbose: bool, check: bool
+) -> nn.Module:
+    """Convert by the allocation with which the user's metric holds."""
+    ((_, gm),) = graphs(prepared).items()
+    for p in plan.behind:
+        if p.name.startswith("measure-"):
+            run_pass(p, gm)
+    measured = graph_info(gm).sensitivity
+    assert auto.metric is not None and auto.max_drop is not None and measured is not None
+    metric = auto.metric
+    kept = [t for inputs, _ in kept_calls(gm) for t in inputs]
+    shared = {id(t): t for t in (*prepared.parameters(), *prepared.buffers())}
+    untold = dataclasses.replace(plan, auto=dataclasses.replace(auto, metric=None, max_drop=None, **_NO_CONTROL))
+
+    def converted(allocation: Allocation, *, verbose: bool = False, check: bool = False) -> nn.Module:
+        twin = copy.deepcopy(prepared, {**shared, id(plan): untold})
+        ((_, graph),) = graphs(twin).items()
+        update_graph(graph, allocation=allocation)
+        return _convert(twin, foreign=foreign | storages(prepared), verbose=verbose, check=check)
+
+    def evaluate(allocation: Allocation | None) -> Any:
+        model = prepared if allocation is None else converted(allocation)
+        with torch.no_grad(), undisturbed():
+            return metric(model)
+
+    start = allocate_bits(measured, auto.budget, pin=auto.pin_first_last, allow_float=auto.allow_float)
+    asked = repr(dataclasses.replace(auto, metric=None, max_drop=None, **_NO_CONTROL))
+    key = content_of(gm, kept) + graph_info(gm).target + re.sub(" at 0x[0-9a-f]+", "", asked)  # another run's addresses
+    trials = Trials(hashlib.sha256(key.encode()).hexdigest(), Path(auto.state) if auto.state is not None else None)
+    outcome = control(start, evaluate, trials, max_drop=auto.max_drop, time_budget=auto.time_budget)
+    add_notes(gm, "accuracy", [str(outcome)])
+    return converted(outcome.allocation, verbose=verbose, check=check)
+
+
+_NO_CONTROL: dict[str, Any] = {"time_budget": None, "state": None}
 
 
 def _fitted(call: Example, plan: _Plan, model: nn.Module) -> Example:
@@ -481,9 +572,9 @@ def _convert_graph(
     gm: fx.GraphModule, inputs: tuple[Tensor, ...], plan: _Plan, foreign: frozenset[int], check: bool
 ) -> Report:
     restore_values(gm, inputs)
-    inputs = _few(gm, inputs)
+    inputs = few_rows(gm, inputs, _ROWS)
     first, behind = plan.behind.split(Stage.CALIBRATED)
-    live = agreement.record(gm, inputs) if check else None
+    live = agreement.record(gm, inputs) if check and plan.mode == "qat" else None
     first.run(gm)
     settled = agreement.record(gm, inputs, live) if check else None
     rows = rows_before(gm)
@@ -501,8 +592,9 @@ def _convert_graph(
         weight_bytes_before=plan.weight_bytes,
     )
     freeze(gm, foreign)  # before the first run: kernels pack what they find
-    if live is not None and settled is not None:
-        found = (*agreement.settled_agreement(live, settled), *agreement.lowered_agreement(settled, gm, inputs))
+    if settled is not None:
+        trained = agreement.settled_agreement(live, settled) if live is not None else ()
+        found = (*trained, *agreement.lowered_agreement(settled, gm, inputs))
         agreement.require(found)
         made = dataclasses.replace(made, agreement=found)
     if not _weight_only(gm):
@@ -517,15 +609,6 @@ def _weight_only(gm: fx.GraphModule) -> bool:
     """True where no activation becomes an integer: gradients pass."""
     leaves = [m for m in gm.modules() if isinstance(m, Leaf)]
     return all(leaf.weight_only for leaf in leaves) and not crossings(gm)
-
-
-def _few(gm: fx.GraphModule, inputs: tuple[Tensor, ...], rows: int = 4) -> tuple[Tensor, ...]:
-    """The first rows of every input, where all have one free batch size: enough to measure noise."""
-    free = all(spec.sizes and isinstance(spec.sizes[0], str) for spec in codegen_of(gm).binder.tensors)
-    sizes = {t.shape[0] if t.ndim else 0 for t in inputs}
-    if not free or len(sizes) != 1 or next(iter(sizes)) <= rows:
-        return inputs
-    return tuple(t[:rows] for t in inputs)
 
 
 def _worst(reference: Iterable[Any], actual: Iterable[Any]) -> float | None:

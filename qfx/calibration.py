@@ -16,6 +16,7 @@ from tqdm import tqdm
 from qfx.errors import CalibrationError, CaptureError, QfxWarning
 from qfx.examples import Example, calibration_call
 from qfx.fake_quant import FakeQuantize
+from qfx.kept_calls import KeptCalls
 from qfx.meta import add_notes, update_graph
 from qfx.operators import is_constant, mutates
 from qfx.rewrite import evaluate
@@ -46,8 +47,16 @@ def observe_weights(gm: fx.GraphModule) -> None:
             module.calculate()
 
 
-def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any], example: Example) -> tuple[int, Any]:
+def run(
+    model: nn.Module,
+    graphs: Iterable[fx.GraphModule],
+    data: Iterable[Any],
+    example: Example,
+    kept: KeptCalls | None = None,
+) -> tuple[int, Any]:
     """Run ``data`` through ``model`` while its activations are observed; returns samples and the last call.
+
+    ``kept`` is told of every item before it is run.
 
     Raises:
         CalibrationError: there are no data, or an item does not fit the example.
@@ -65,6 +74,8 @@ def run(model: nn.Module, graphs: Iterable[fx.GraphModule], data: Iterable[Any],
         for number, item in enumerate(_with_bar(data)):
             call = calibration_call(item, example, number)
             last = call
+            if kept is not None:
+                kept.item = item
             _observe(model, _copied(call) if writes else call, number)
             samples += _rows(call)
     finally:

@@ -8,7 +8,7 @@ kept here, since pickle drops ``node.meta``.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -16,7 +16,14 @@ from torch import fx
 from qfx.spec import Spec
 from qfx.training import Mark
 
-_KEY = "qfx"
+if TYPE_CHECKING:
+    from qfx.bit_allocation import Allocation
+    from qfx.sensitivity_table import Sensitivity
+
+_KEY, _CALLS = "qfx", "qfx_calls"
+
+Call = tuple[tuple[Any, ...], Any]
+"""Flat inputs of a graph, and the data item that they come from."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class NodeInfo:
     ``origin``: the user's module path. ``fused``: the names of its fusion group in graph order, the compute op first
     (empty: not fused). ``inputs``: one spec or None (float) per tensor input, in the order of
     :func:`qfx.operators.tensor_inputs`. ``output``: the spec of its value, None where it is float. ``group``: who
-    shares one scale with its value. ``sensitivity`` in dB and ``bits`` (weight) are what bit-width search found.
+    shares one scale with its value. ``sensitivity``, a score, and ``bits`` (weight) are what bit-width search found.
     ``reason``: which rule decided, or why the node stays float. ``mark``: what it does in training only.
     """
 
@@ -54,13 +61,15 @@ class GraphInfo:
     """What is known of a graph: how far it is compiled, and what is to be told about it.
 
     ``stage`` is a :class:`qfx.stage.Stage`'s name. ``notes``: ``(topic, text)`` pairs for the report, such as near
-    misses of a fusion or what capture had to give up.
+    misses of a fusion or what capture had to give up. ``sensitivity`` and ``allocation``: what bit-width search found.
     """
 
     stage: str = ""
     recipe: str = ""
     target: str = ""
     notes: tuple[tuple[str, str], ...] = ()
+    sensitivity: Sensitivity | None = None
+    allocation: Allocation | None = None
 
 
 def info(node: fx.Node) -> NodeInfo:
@@ -95,6 +104,16 @@ def add_notes(gm: fx.GraphModule, topic: str, texts: list[str]) -> None:
     old = graph_info(gm).notes
     new = tuple((topic, text) for text in dict.fromkeys(texts) if (topic, text) not in old)
     update_graph(gm, notes=old + new)
+
+
+def keep_calls(gm: fx.GraphModule, calls: tuple[Call, ...]) -> None:
+    """Keep calls of the graph for the passes that measure; none: let go of them."""
+    gm.meta[_CALLS] = calls
+
+
+def kept_calls(gm: fx.GraphModule) -> tuple[Call, ...]:
+    """What :func:`keep_calls` kept."""
+    return tuple(gm.meta.get(_CALLS, ()))
 
 
 def value(node: fx.Node) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ from torch import Tensor, fx, nn
 
 from qfx.agreement import LayerAgreement
 from qfx.attributes import nbytes
+from qfx.bit_allocation import Allocation
+from qfx.errors import ConfigError
 from qfx.meta import graph_info, info, value
 from qfx.operators import Kind, activations, lookup, macs, name_of, tensor_inputs
 from qfx.ops import dequantize, quantize
@@ -22,7 +25,10 @@ from qfx.targets import Leaf
 
 @dataclass(frozen=True)
 class NodeRow:
-    """One operator of the float model. ``after``: its types in and out; ``sqnr_db`` against the float model."""
+    """One operator of the float model. ``after``: its types in and out; ``sqnr_db`` against the float model.
+
+    ``activation_bits``: of the integers that it reads.
+    """
 
     name: str
     operator: str
@@ -37,6 +43,7 @@ class NodeRow:
     macs: int
     product: bool
     integer: bool
+    sensitivity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class Report:
 
     ``weight_bytes``: of all parameters and buffers, tied storage once. ``integer_macs`` leaves out products of two
     activations (attention), which have no weights; ``product_macs`` counts those. ``agreement``: layer by layer, how
-    far the integers are from the prepared model's, where ``convert`` was asked to check.
+    far the integers are from the prepared model's, where ``convert`` was asked to check. ``allocation``: the bits that
+    an AutoRecipe found, and the scores that it found them by.
     """
 
     model: str
@@ -63,6 +71,7 @@ class Report:
     notes: tuple[tuple[str, str], ...] = ()
     float_parts: tuple[str, ...] = field(default=())
     agreement: tuple[LayerAgreement, ...] = ()
+    allocation: Allocation | None = None
 
     @property
     def integer_macs(self) -> float:
@@ -85,12 +94,50 @@ class Report:
         """Plain values, for JSON and for comparing runs."""
         from dataclasses import asdict
 
-        return {**asdict(self), "integer_macs": self.integer_macs}
+        plain = asdict(replace(self, allocation=None))
+        return {
+            **plain,
+            "integer_macs": self.integer_macs,
+            "allocation": None if self.allocation is None else self.allocation.to_dict(),
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw sensitivity, bits and the Pareto front into a file (``.png``, ``.svg``, ``.pdf``); needs matplotlib.
+
+        Raises:
+            ConfigError: the bits were given, not found by an AutoRecipe; or matplotlib is not installed.
+        """
+        from qfx.sensitivity_plot import plot
+
+        plot(self._found(), path)
+
+    def html(self) -> str:
+        """One self-contained page of the same.
+
+        Raises:
+            ConfigError: as for :meth:`plot`.
+        """
+        from qfx.sensitivity_page import page
+
+        return page(self._found())
+
+    def _found(self) -> Allocation:
+        if self.allocation is None:
+            raise ConfigError(
+                "this model's bits were given by its recipe, so there is no search to show",
+                hint="quantize with recipe='auto', or plot what qfx.sensitivity returns",
+            )
+        return self.allocation
 
     def table(self) -> str:
         """The before/after node table alone."""
-        header = ("operator", "layer", "shape", "before → after", "w", "a", "kernel", "SQNR dB", "reason")
-        return str(tabulate([_cells(row) for row in self.rows], header, tablefmt="simple", disable_numparse=True))
+        header = ["operator", "layer", "shape", "before → after", "w", "a", "kernel", "SQNR dB", "reason"]
+        cells = [_cells(row) for row in self.rows]
+        if self.allocation is not None:
+            header.insert(6, self.allocation.sensitivity.score)
+            for row, line in zip(self.rows, cells, strict=True):
+                line.insert(6, "" if row.sensitivity is None else f"{row.sensitivity:.2g}")
+        return str(tabulate(cells, header, tablefmt="simple", disable_numparse=True))
 
     def summary(self) -> str:
         """The lines below the table."""
@@ -106,6 +153,12 @@ class Report:
             "weights": f"{_size(self.weight_bytes_before)} → {_size(self.weight_bytes_after)}",
             "SQNR of the output": _db(self.output_sqnr_db) + (" dB" if self.output_sqnr_db is not None else ""),
         }
+        if self.allocation is not None:
+            costs = self.allocation.costs
+            lines["bits found by"] = (
+                f"{self.allocation.sensitivity.score}: {costs['average_weight_bits']:.2f} bits a weight, "
+                f"{_size(int(costs['weight_bytes']))} of layers' weights"
+            )
         if self.agreement:
             worst = max(layer.lsb or 0 for layer in self.agreement)
             lines["agrees with the prepared model"] = f"within {worst} LSB, {len(self.agreement)} comparisons"
@@ -125,9 +178,9 @@ class Report:
         return "\n\n".join(part for part in (self.table(), self.summary(), self.remarks()) if part)
 
 
-def _cells(row: NodeRow) -> tuple[str, ...]:
+def _cells(row: NodeRow) -> list[str]:
     bits = ("" if b is None else str(b) for b in (row.weight_bits, row.activation_bits))
-    return (
+    return [
         row.operator,
         _short(row.layer, 32),
         row.shape,
@@ -136,7 +189,7 @@ def _cells(row: NodeRow) -> tuple[str, ...]:
         row.kernel,
         _db(row.sqnr_db),
         _short(row.reason, 60),
-    )
+    ]
 
 
 def _short(text: str, width: int) -> str:
@@ -166,7 +219,8 @@ def _counts(node: fx.Node) -> bool:
 
 def _row(node: fx.Node) -> NodeRow:
     known, row = info(node), lookup(node)
-    data = next((known.inputs[i] for i in activations(node)[:1] if known.inputs), None)
+    read = [known.inputs[i] for i in activations(node)] if known.inputs else []
+    data = next((spec for spec in read if spec is not None), None)  # a sum in a kernel reads one of its two terms
     return NodeRow(
         name=node.name,
         operator=name_of(node) or str(node.target),
@@ -181,6 +235,7 @@ def _row(node: fx.Node) -> NodeRow:
         macs=macs(node),
         product=row is not None and row.kind is Kind.ANCHOR and row.weight is None,
         integer=False,
+        sensitivity=known.sensitivity,
     )
 
 
@@ -283,4 +338,5 @@ def build_report(
         weight_bytes_before=weight_bytes_before,
         weight_bytes_after=tensor_bytes(gm),
         notes=known.notes,
+        allocation=known.allocation,
     )

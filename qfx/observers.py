@@ -10,6 +10,7 @@ To plug in one's own: subclass :class:`Observer`, write ``observe`` and ``range`
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +81,18 @@ class Observer(nn.Module):
             quant_min=self.spec.quant_min,
             quant_max=self.spec.quant_max,
         )
+
+    def with_spec(self, spec: QuantSpec) -> Observer:
+        """A copy that has seen the same data, for a spec of another width; its layout stays.
+
+        Raises:
+            ConfigError: what this observer keeps of the data is good for its own spec only.
+        """
+        if spec.granularity.layout() != (self.axis, self.group_size):
+            raise ConfigError(f"ranges were observed {self.spec.granularity}, not {spec.granularity}")
+        twin = copy.deepcopy(self)
+        twin.spec = spec
+        return twin
 
     def min_max(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Finite extremes of ``x`` at the spec's granularity, float32."""
@@ -349,6 +362,15 @@ class Mse(Observer):
 
     def range(self) -> tuple[Tensor, Tensor]:
         return self.low, self.high
+
+    def with_spec(self, spec: QuantSpec) -> Observer:
+        if spec != self.spec:
+            raise ConfigError(
+                f"Mse chose its ranges for {self.spec} while it saw the data; {spec} needs the data again",
+                where=self.layer,
+                hint="let Histogram observe activations whose width is to be chosen",
+            )
+        return super().with_spec(spec)
 
     def _reduce(self, error: Tensor) -> Tensor:
         """Sum of squared errors at the scale's shape."""

@@ -7,6 +7,7 @@ The first rule that matches a node decides. A rule matches by operator (``op="li
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -46,6 +47,7 @@ class QuantRule:
 
     A pattern that is None matches all. ``layer`` matches the path itself or any parent of it, so that ``"encoder"``
     means everything inside. ``own`` marks a preset's rule: a rule of the user's that matches nothing is an error.
+    ``exact``: ``layer`` is one path, not a pattern, and what is inside of it is not meant.
     """
 
     qconfig: QConfig | None
@@ -54,13 +56,18 @@ class QuantRule:
     module: str | None = None
     why: str = ""
     own: bool = False
+    exact: bool = False
 
     def matches(self, subject: Subject) -> bool:
         return (
             (self.op is None or fnmatchcase(subject.op, self.op))
-            and (self.layer is None or any(fnmatchcase(path, self.layer) for path in _names(subject.layer)))
+            and (self.layer is None or self._reaches(subject.layer))
             and (self.module is None or any(fnmatchcase(name, self.module) for name in subject.modules))
         )
+
+    def _reaches(self, path: str) -> bool:
+        assert self.layer is not None
+        return path == self.layer if self.exact else any(fnmatchcase(name, self.layer) for name in _names(path))
 
     def __str__(self) -> str:
         where = [f"{k}={v!r}" for k, v in (("op", self.op), ("layer", self.layer), ("module", self.module)) if v]
@@ -254,6 +261,31 @@ class Recipe:
     def unmatched(self, subjects: Collection[Subject]) -> tuple[QuantRule, ...]:
         """The user's rules that match none of ``subjects``."""
         return tuple(r for r in self.rules if not r.own and not any(r.matches(s) for s in subjects))
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe to a TOML file that is made to be edited: see :func:`qfx.recipe_file.save`.
+
+        Raises:
+            ConfigError: the recipe holds what no file can say, such as an observer of the user's.
+            OSError: the file cannot be written.
+        """
+        from qfx import recipe_file
+
+        recipe_file.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """The recipe of a TOML file; nothing is imported or run: see :func:`qfx.recipe_file.load`.
+
+        Raises:
+            ConfigError: the file is no TOML or no recipe; the text names the file and the key.
+            OSError: the file cannot be read.
+        """
+        from qfx import recipe_file
+
+        return recipe_file.load(path)
 
     def __str__(self) -> str:
         lines = [f"Recipe {self.name}" + (" with reduced range" if self.reduce_range else "")]

@@ -9,7 +9,9 @@ from typing import Any
 import qfx
 
 NAMES = [
+    "Allocation",
     "ArtifactError",
+    "AutoRecipe",
     "CalibrationError",
     "CaptureError",
     "ConfigError",
@@ -34,49 +36,58 @@ NAMES = [
     "Report",
     "Schedule",
     "Scheme",
+    "Sensitivity",
     "Stage",
     "TrainingError",
     "UnsupportedError",
     "VerifyError",
+    "allocate",
     "calibrate",
     "clipped_weights",
     "convert",
     "default_pipeline",
     "distillation_loss",
+    "pareto",
     "prepare",
     "quantize",
     "quantize_qat",
     "reestimate_batch_norm",
     "report",
+    "sensitivity",
 ]
 
 SIGNATURES = {
-    "quantize": "(model: 'nn.Module', example_inputs: 'Any', *, calibration: 'Iterable[Any] | None' = None, recipe: "
-    "'str | Recipe' = 'int8', target: 'str | Target' = 'auto', pipeline: 'Pipeline | None' = None, dynamic_shapes: "
-    "'Any' = None, inplace: 'bool' = False, verbose: 'bool' = True) -> 'nn.Module'",
-    "prepare": "(model: 'nn.Module', example_inputs: 'Any', *, recipe: 'str | Recipe' = 'int8', target: 'str | "
-    "Target' = 'auto', pipeline: 'Pipeline | None' = None, dynamic_shapes: 'Any' = None, mode: 'str' = 'ptq') -> "
-    "'nn.Module'",
+    "quantize": "(model: 'nn.Module', example_inputs: 'Any', *, calibration: 'Iterable[Any] | None' = "
+    "None, recipe: 'str | Recipe | AutoRecipe' = 'int8', target: 'str | Target' = 'auto', "
+    "pipeline: 'Pipeline | None' = None, dynamic_shapes: 'Any' = None, inplace: 'bool' = "
+    "False, verbose: 'bool' = True) -> 'nn.Module'",
+    "prepare": "(model: 'nn.Module', example_inputs: 'Any', *, recipe: 'str | Recipe | AutoRecipe' = "
+    "'int8', target: 'str | Target' = 'auto', pipeline: 'Pipeline | None' = None, "
+    "dynamic_shapes: 'Any' = None, mode: 'str' = 'ptq') -> 'nn.Module'",
     "calibrate": "(prepared: 'nn.Module', data: 'Iterable[Any]') -> 'nn.Module'",
     "reestimate_batch_norm": "(prepared: 'nn.Module', data: 'Iterable[Any]') -> 'nn.Module'",
     "quantize_qat": "(model: 'nn.Module', example_inputs: 'Any', *, train: 'Callable[[nn.Module], object]', "
-    "calibration: 'Iterable[Any] | None' = None, recipe: 'str | Recipe' = 'int8', target: 'str | Target' = 'auto', "
-    "pipeline: 'Pipeline | None' = None, dynamic_shapes: 'Any' = None, verbose: 'bool' = True) -> 'nn.Module'",
+    "calibration: 'Iterable[Any] | None' = None, recipe: 'str | Recipe' = 'int8', target: "
+    "'str | Target' = 'auto', pipeline: 'Pipeline | None' = None, dynamic_shapes: 'Any' = "
+    "None, verbose: 'bool' = True) -> 'nn.Module'",
     "distillation_loss": "(student: 'Tensor', teacher: 'Tensor', *, temperature: 'float' = 1.0) -> 'Tensor'",
     "clipped_weights": "(prepared: 'nn.Module') -> 'dict[str, float]'",
-    "convert": "(prepared: 'nn.Module', *, check: 'bool | None' = None, verbose: 'bool' = False) -> 'nn.Module'",
+    "convert": "(prepared: 'nn.Module', *, check: 'bool | None' = None, verbose: 'bool' = False) -> "
+    "'nn.Module'",
     "report": "(qmodel: 'nn.Module') -> 'Report'",
-    "default_pipeline": "(recipe: 'str | Recipe' = 'int8', target: 'str | Target' = 'auto', *, mode: 'str' = 'ptq') "
-    "-> 'Pipeline'",
+    "default_pipeline": "(recipe: 'str | Recipe | AutoRecipe' = 'int8', target: 'str | Target' = 'auto', *, mode:"
+    " 'str' = 'ptq') -> 'Pipeline'",
     "Recipe.preset": "(name: 'str') -> 'Recipe'",
     "Recipe.int8": "() -> 'Recipe'",
     "Recipe.int8_dynamic": "() -> 'Recipe'",
     "Recipe.w8a16": "() -> 'Recipe'",
-    "Recipe.w4a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01)) -> 'Recipe'",
-    "Recipe.skip": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, module: 'str | "
-    "None' = None, why: 'str' = '') -> 'Recipe'",
-    "Recipe.set": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, module: 'str | "
-    "None' = None, weight: 'Part' = KEEP, activation: 'Part' = KEEP, why: 'str' = '') -> 'Recipe'",
+    "Recipe.w4a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01)) -> "
+    "'Recipe'",
+    "Recipe.skip": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, module:"
+    " 'str | None' = None, why: 'str' = '') -> 'Recipe'",
+    "Recipe.set": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, module:"
+    " 'str | None' = None, weight: 'Part' = KEEP, activation: 'Part' = KEEP, why: 'str' = '')"
+    " -> 'Recipe'",
     "Pipeline.before": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
     "Pipeline.after": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
     "Pipeline.replace": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
@@ -84,23 +95,53 @@ SIGNATURES = {
     "Report.table": "(self) -> 'str'",
     "Report.summary": "(self) -> 'str'",
     "Report.to_dict": "(self) -> 'dict[str, object]'",
-    "Recipe.w3a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01)) -> 'Recipe'",
+    "Recipe.w3a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01)) -> "
+    "'Recipe'",
     "Recipe.lsq": "(weight_bits: 'int', activation_bits: 'int') -> 'Recipe'",
     "Recipe.w4a4_lsq": "() -> 'Recipe'",
     "Recipe.with_embedding_storage": "(self, bits: 'int | None' = 8) -> 'Recipe'",
-    "Schedule.__init__": "(self, prepared: 'nn.Module', *, float_steps: 'int' = 0, freeze_observers: 'int | None' = "
-    "None, freeze_batch_norm: 'int | None' = None, bits: 'Mapping[int, Bits] | None' = None) -> 'None'",
+    "Schedule.__init__": "(self, prepared: 'nn.Module', *, float_steps: 'int' = 0, freeze_observers: 'int | None' "
+    "= None, freeze_batch_norm: 'int | None' = None, bits: 'Mapping[int, Bits] | None' = "
+    "None) -> 'None'",
     "Schedule.step": "(self) -> 'None'",
     "Schedule.check": "(self, loss: 'Tensor') -> 'None'",
     "Schedule.state_dict": "(self) -> 'dict[str, Any]'",
     "Schedule.load_state_dict": "(self, state: 'Mapping[str, Any]') -> 'None'",
+    "allocate": "(sensitivity: 'Sensitivity', *, average_weight_bits: 'float | None' = None, "
+    "weight_bytes: 'float | None' = None, bit_operations: 'float | None' = None, latency_ms: "
+    "'float | None' = None, pin_first_last: 'Pin' = 8, allow_float: 'bool' = False) -> "
+    "'Recipe'",
+    "pareto": "(sensitivity: 'Sensitivity', resource: 'str' = 'weight_bytes', *, points: 'int' = 20, "
+    "pin_first_last: 'Pin' = 8, allow_float: 'bool' = False) -> 'tuple[Allocation, ...]'",
+    "sensitivity": "(model: 'nn.Module', example_inputs: 'Any', *, data: 'Iterable[Any] | None' = None, "
+    "recipe: 'str | Recipe' = 'int8', target: 'str | Target' = 'auto', weight_bits: "
+    "'tuple[int, ...]' = (2, 3, 4, 6, 8), activation_bits: 'tuple[int, ...]' = (4, 6, 8), "
+    "score: 'str | Loss' = 'fisher', mode: 'Mode' = 'only', rows: 'int' = 32, check: 'int' = "
+    "16, latency: 'bool' = False, dynamic_shapes: 'Any' = None) -> 'Sensitivity'",
+    "Recipe.save": "(self, path: 'str | os.PathLike[str]') -> 'None'",
+    "Recipe.load": "(path: 'str | os.PathLike[str]') -> 'Recipe'",
+    "Report.plot": "(self, path: 'str | os.PathLike[str]') -> 'None'",
+    "Report.html": "(self) -> 'str'",
+    "Sensitivity.table": "(self) -> 'str'",
+    "Sensitivity.worst": "(self, bits: 'int', part: 'str' = 'weight') -> 'tuple[tuple[str, float], ...]'",
+    "Sensitivity.correlation": "(self, other: 'Sensitivity') -> 'float'",
+    "Sensitivity.plot": "(self, path: 'str | os.PathLike[str]') -> 'None'",
+    "Sensitivity.html": "(self) -> 'str'",
+    "Allocation.recipe": "(self) -> 'Recipe'",
 }
 
 FIELDS = {
     "QConfig": ["activation", "weight"],
-    "QuantRule": ["qconfig", "op", "layer", "module", "why", "own"],
+    "QuantRule": ["qconfig", "op", "layer", "module", "why", "own", "exact"],
     "QuantSpec": [
-        "element", "scheme", "granularity", "observer", "dynamic", "narrow_range", "ranges", "estimator"
+        "element",
+        "scheme",
+        "granularity",
+        "observer",
+        "dynamic",
+        "narrow_range",
+        "ranges",
+        "estimator",
     ],
     "Recipe": ["name", "default", "rules", "reduce_range", "embedding_storage", "ends"],
     "Moving": ["averaging_constant"],
@@ -109,6 +150,24 @@ FIELDS = {
     "IntType": ["bits", "signed"],
     "PerAxis": ["axis"],
     "PerGroup": ["size", "axis"],
+    "AutoRecipe": [
+        "average_weight_bits",
+        "weight_bytes",
+        "bit_operations",
+        "latency_ms",
+        "weight_bits",
+        "activation_bits",
+        "base",
+        "score",
+        "rows",
+        "pin_first_last",
+        "allow_float",
+        "max_drop",
+        "metric",
+        "time_budget",
+        "state",
+    ],
+    "Allocation": ["sensitivity", "choices", "pin"],
 }
 
 STAGES = ["CAPTURED", "CANONICAL", "FUSED", "ANNOTATED", "PREPARED", "CALIBRATED", "CONVERTED", "LOWERED"]

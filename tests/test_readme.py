@@ -46,5 +46,5 @@ def test_a_block_runs(line: int, code: str, tmp_path: Path) -> None:
         pytest.skip(f"README.md:{line} needs {', '.join(missing)}, which is not installed")
     script = tmp_path / f"readme_{line}.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"README.md:{line}\n{done.stderr}"

@@ -28,6 +28,7 @@ from qfx.tools.bench_coverage import coverage, timm, torchvision, transformers
 from qfx.tools.bench_figures import Figure, Options, Skip, brief, table
 from qfx.tools.bench_latency import latency
 from qfx.tools.bench_parity import parity
+from qfx.tools.bench_search import allocation_time, rank_agreement, scan_time, searched
 from qfx.tools.bench_training import agreement, training
 from qfx.tools.env import FEATURES, cpu_model
 
@@ -47,6 +48,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "latency": latency,
     "training": training,
     "agreement": agreement,
+    "scan": scan_time,
+    "rank": rank_agreement,
+    "allocation": allocation_time,
+    "search": searched,
 }
 
 

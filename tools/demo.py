@@ -42,6 +42,17 @@ def size_kib(model: nn.Module) -> float:
     return nbytes([*model.parameters(), *model.buffers()]) / 1024
 
 
+def bits_table(qmodel: nn.Module) -> str:
+    """The bits that a search gave each layer, and the scores it went by."""
+    found = qfx.report(qmodel).allocation
+    assert found is not None
+    rows = [
+        (layer.path, str(layer.numel), str(choice), found.why(layer, choice))
+        for layer, choice in zip(found.sensitivity.layers, found.choices, strict=True)
+    ]
+    return str(tabulate(rows, ("layer", "weights", "bits", "why"), disable_numparse=True))
+
+
 def main() -> None:
     print("Training a small ResNet on scikit-learn's digits ...")
     start = time.perf_counter()
@@ -51,8 +62,13 @@ def main() -> None:
     start = time.perf_counter()
     qmodel = qfx.quantize(model, (train_images[:1],), calibration=batches)
     seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    auto = qfx.quantize(model, (train_images[:1],), calibration=batches, recipe="auto", verbose=False)
+    search = time.perf_counter() - start
+    print(f"\nWith recipe='auto', {search:.1f} s, each layer's bits come from its sensitivity:\n")
+    print(bits_table(auto))
     one, many = test_images[:1], test_images[:64]
-    both = (model, qmodel)
+    both = (model, qmodel, auto)
     rows = [
         ("accuracy on held-out images", *(f"{accuracy(m, test_images, test_labels):.2%}" for m in both)),
         ("weights and buffers, KiB", *(f"{size_kib(m):.1f}" for m in both)),
@@ -60,7 +76,7 @@ def main() -> None:
         ("latency, batch 64, ms", *(f"{ms:.3f}" for ms in latencies_ms(both, many))),
     ]
     print(f"\nquantize took {seconds:.1f} s; {len(test_images)} held-out images\n")
-    print(tabulate(rows, ("", "float", "int8"), disable_numparse=True))
+    print(tabulate(rows, ("", "float", "int8", "auto"), disable_numparse=True))
 
 
 if __name__ == "__main__":

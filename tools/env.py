@@ -18,7 +18,7 @@ from tabulate import tabulate
 import qfx
 from qfx import cpu, jit, kernels
 
-DEPENDENCIES = ("numpy", "scipy", "networkx", "tabulate", "tqdm")
+DEPENDENCIES = ("numpy", "scipy", "networkx", "tabulate", "tqdm", "jinja2", "tomlkit")
 OPTIONAL = (
     "torchvision",
     "torchao",

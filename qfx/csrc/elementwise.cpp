@@ -1,6 +1,6 @@
 // Elementwise functions of integers: table lookup, add and mul.
 
-#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -10,6 +10,40 @@
 namespace {
 
 using namespace qfx;
+
+#if defined(__AVX2__) && !(defined(__AVX512VBMI__) && defined(__AVX512BW__))
+// The first elements of lookup() in whole vectors; returns how many.
+//
+// A shuffle picks by four bits out of a row of 16, and gives 0 where the index is negative. Row k holds what changes from
+// row k - 1 of the table: with an index that falls by 16 from row to row, and stays negative once it is, the xor of all
+// is the wanted row's entry. A signed index reaches 8 rows, so the table's two halves are looked up apart.
+int64_t lookup_by_shuffles(const uint8_t* __restrict in, const uint8_t* __restrict table, uint8_t* __restrict out,
+                           int64_t n, uint8_t flip) {
+  __m256i changes[16];
+  for (int k = 0; k < 16; ++k) {
+    const auto row = [&](int at) {
+      return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * at)));
+    };
+    changes[k] = k % 8 == 0 ? row(k) : _mm256_xor_si256(row(k), row(k - 1));
+  }
+  const __m256i flips = _mm256_set1_epi8(static_cast<char>(flip)), top = _mm256_set1_epi8(static_cast<char>(0x80)),
+                step = _mm256_set1_epi8(16);
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    __m256i low = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i)), flips);
+    __m256i high = _mm256_xor_si256(low, top);
+    __m256i a = _mm256_shuffle_epi8(changes[0], low), b = _mm256_shuffle_epi8(changes[8], high);
+    for (int k = 1; k < 8; ++k) {
+      low = _mm256_subs_epi8(low, step);
+      high = _mm256_subs_epi8(high, step);
+      a = _mm256_xor_si256(a, _mm256_shuffle_epi8(changes[k], low));
+      b = _mm256_xor_si256(b, _mm256_shuffle_epi8(changes[8 + k], high));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_xor_si256(a, b));
+  }
+  return i;
+}
+#endif
 
 // out[i] = table[in[i] ^ flip]: flip 0x80 makes a table in the order of int8 values one in the order of their bytes.
 void lookup(const uint8_t* __restrict in, const uint8_t* __restrict table, uint8_t* __restrict out, int64_t n,
@@ -25,6 +59,8 @@ void lookup(const uint8_t* __restrict in, const uint8_t* __restrict table, uint8
     const __m512i lower = _mm512_permutex2var_epi8(t0, index, t1), upper = _mm512_permutex2var_epi8(t2, index, t3);
     _mm512_storeu_si512(out + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), lower, upper));
   }
+#elif defined(__AVX2__)
+  i = lookup_by_shuffles(in, table, out, n, flip);
 #endif
   for (; i < n; ++i) out[i] = table[in[i] ^ flip];
 }

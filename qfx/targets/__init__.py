@@ -6,6 +6,7 @@ import difflib
 
 from qfx.errors import ConfigError
 from qfx.targets.base import (
+    REQUANTIZE,
     AnchorRegion,
     DynamicQParams,
     Leaf,
@@ -15,6 +16,7 @@ from qfx.targets.base import (
     Slot,
     Step,
     Target,
+    requantization,
 )
 from qfx.targets.reference import Reference
 from qfx.targets.x86 import X86
@@ -49,6 +51,7 @@ def choose(target: str | Target, device: str = "cpu") -> Target:
 
 
 __all__ = [
+    "REQUANTIZE",
     "TARGETS",
     "AnchorRegion",
     "DynamicQParams",
@@ -60,4 +63,5 @@ __all__ = [
     "Step",
     "Target",
     "choose",
+    "requantization",
 ]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx, nn
 
-from qfx.operators import Op
+from qfx.operators import Kind, Op
 from qfx.patterns import NoMatch
 from qfx.spec import QConfig
 
@@ -149,6 +149,15 @@ class Slot:
     """A place in a PointRegion's arguments: input ``index``."""
 
     index: int
+
+
+REQUANTIZE = Op("requantize", Kind.UNARY)
+"""The row of a requantization, which is no operator of ATen's: there is nothing between its two roundings."""
+
+
+def requantization(given: QParams, output: QParams) -> PointRegion:
+    """The region ``quantize(dequantize(q))`` from one scale, width or type of integers to another: the identity."""
+    return PointRegion(REQUANTIZE, torch.ops.aten.alias.default, (given,), (Slot(0),), {}, output)
 
 
 class Operator:

@@ -71,7 +71,10 @@ class Reference:
 
 
 class QParamsBuffers(nn.Module):
-    """QParams as buffers of a leaf, so that they follow ``.to(device)`` and appear in the state dict."""
+    """QParams as buffers of a leaf, so that they follow ``.to(device)`` and appear in the state dict.
+
+    Equal zero points, as symmetric weights have, are kept as one number.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -79,7 +82,7 @@ class QParamsBuffers(nn.Module):
     def __init__(self, qparams: QParams) -> None:
         super().__init__()
         self.register_buffer("scale", qparams.scale.clone())
-        self.register_buffer("zero_point", qparams.zero_point.clone())
+        self.register_buffer("zero_point", _once(qparams.zero_point))
         self.layout: dict[str, Any] = {"axis": qparams.axis, "group_size": qparams.group_size}
         self.limits: dict[str, Any] = {
             "quant_min": qparams.quant_min,
@@ -96,6 +99,12 @@ class QParamsBuffers(nn.Module):
     def centred(self, q: Tensor) -> Tensor:
         """``q - zero_point`` in float64: exact integers."""
         return q.double() - affine.expand_qparam(self.zero_point, q, **self.layout).double()
+
+
+def _once(zero_point: Tensor) -> Tensor:
+    """A copy of ``zero_point``, of shape ``[]`` where all its numbers are equal."""
+    first = zero_point.flatten()[:1]
+    return first[0].clone() if first.numel() and bool((zero_point == first).all()) else zero_point.clone()
 
 
 def _buffers(qparams: QParams | DynamicQParams | None) -> QParamsBuffers | None:
@@ -130,11 +139,13 @@ class _Epilogue(Leaf):
 
 
 class AnchorLeaf(_Epilogue):
-    """A convolution or linear layer: static, dynamic or weight-only."""
+    """A convolution or linear layer: static, dynamic or weight-only.
+
+    An integer bias has no scale of its own: it is added to the sums, which have ``data``'s times the weight's.
+    """
 
     weight: Tensor
     bias: Tensor | None
-    bias_scale: Tensor | None
 
     def __init__(self, region: AnchorRegion) -> None:
         super().__init__(region)
@@ -150,7 +161,8 @@ class AnchorLeaf(_Epilogue):
         stored = pack(region.weight.flatten(1), region.weight_bits) if region.stored is None else region.stored
         self.register_buffer("weight", stored.flatten(1))
         self.register_buffer("bias", region.bias)
-        self.register_buffer("bias_scale", region.bias_scale)
+        self.integer_bias = region.bias_scale is not None
+        assert not (self.integer_bias and region.weight_qparams.group_size is not None), "sums of groups have no scale"
 
     def integers(self) -> Tensor:
         """The weight's integers in its own shape; narrow ones are stored packed."""
@@ -194,13 +206,10 @@ class AnchorLeaf(_Epilogue):
             weight = weight * affine.expand_qparam(self.weight_qparams.scale, weight, **self.weight_qparams.layout)
             y = self.target(centred, weight, None, *self.args).float() * scale
         else:
-            integer_bias = None if self.bias_scale is None or self.bias is None else self.bias.double()
-            accumulator = self.target(centred, weight, integer_bias, *self.args)
+            bias = self.bias.double() if self.integer_bias and self.bias is not None else None
+            accumulator = self.target(centred, weight, bias, *self.args)
             y = accumulator.float() * self._channels(scale * self._by_channel())
-        if self.bias is None or (self.bias_scale is not None and self.weight_qparams.layout["group_size"] is None):
-            return y
-        bias = self.bias if self.bias_scale is None else self.bias * self.bias_scale
-        return y + self._channels(bias.float())
+        return y if self.bias is None or self.integer_bias else y + self._channels(self.bias.float())
 
     def _by_channel(self) -> Tensor:
         scale = self.weight_qparams.scale
@@ -257,13 +266,11 @@ class LookupLeaf(Leaf):
 
     def __init__(self, region: LookupRegion) -> None:
         super().__init__()
-        zero_point = region.qparams.zero_point
-        uniform = zero_point.numel() > 0 and bool((zero_point == zero_point.flatten()[0]).all())
         self.bits, self.signed, self.length, self.dtype = region.bits, region.signed, region.length, region.dtype
         self.axis, self.group_size = region.qparams.axis, region.qparams.group_size
         self.register_buffer("weight", region.table)
         self.register_buffer("scale", region.qparams.scale.clone())
-        self.register_buffer("zero_point", zero_point.flatten()[0].clone() if uniform else zero_point)
+        self.register_buffer("zero_point", _once(region.qparams.zero_point))
         self.kernel = f"reference rows of int{region.bits}"
 
     def forward(self, indices: Tensor) -> Tensor:

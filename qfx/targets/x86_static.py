@@ -130,10 +130,10 @@ class StaticLeaf(Lazy, AnchorLeaf):
         return _shifted(run) if data.dtype == torch.int8 else run
 
     def _operands(self) -> Operands:
-        bias = self.bias
+        bias, scale = self.bias, by_output_channel(self)
         if bias is not None:
-            bias = bias.float() if self.bias_scale is None else bias * self.bias_scale
-        return Operands(signed(self), by_output_channel(self), bias)
+            bias = bias * (self.data.scale * scale) if self.integer_bias else bias.float()
+        return Operands(signed(self), scale, bias)
 
     def _inside(self, x: Tensor, data: Affine) -> Run:
         fusion, output = self.fusion, self.output

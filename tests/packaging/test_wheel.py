@@ -45,7 +45,7 @@ def expected_files() -> set[str]:
     for folder, place in (("qfx", "qfx"), ("passes", "qfx/passes"), ("models", "qfx/models"), ("tools", "qfx/tools")):
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT / folder)
-            if path.suffix in {".py", ".cpp", ".h"} or path.name == "py.typed":
+            if path.suffix in {".py", ".cpp", ".h", ".html"} or path.name == "py.typed":
                 expected.add(f"{place}/{relative.as_posix()}")
     return expected
 

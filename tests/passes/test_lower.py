@@ -18,7 +18,7 @@ from qfx.passes import CancelPairs, Convert, EliminateDeadCode, FoldWeights, Low
 from qfx.patterns import NoMatch
 from qfx.pipeline import run_pass
 from qfx.recipe import Recipe
-from qfx.targets import AnchorRegion, Leaf, PointRegion, Reference
+from qfx.targets import REQUANTIZE, AnchorRegion, Leaf, PointRegion, Reference
 from qfx.testing import assert_graph, assert_same_numerics
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -144,6 +144,52 @@ def test_golden_residual(net, calibrated) -> None:
     """)
 
 
+def test_golden_requantization(net, calibrated) -> None:
+    """One value in 8 bits and, made of these, in 4."""
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.b(y), self.c(y)
+
+    gm = calibrated(net(forward, a=conv(), b=conv(), c=conv()), X, Recipe.int8().set("b", activation=4))
+    assert_graph(lowered(gm, X), """
+        %x: f32[*, 4, 6, 6] = input  {group x}
+        %x_scale: f32[] = @x_scale
+        %x_zero_point: i32[] = @x_zero_point
+        %x_quantize: u8[*, 4, 6, 6] = qfx.quantize(%x, %x_scale, %x_zero_point, None, None, 0, 255, u8)
+        %conv2d_leaf: u8[*, 4, 6, 6] = AnchorLeaf<a>(%x_quantize)  {layer a; fused conv2d+relu; group relu}
+        %relu_requantize: u8[*, 4, 6, 6] = PointLeaf<relu_requantize>(%conv2d_leaf)
+        %conv2d_1_leaf: f32[*, 4, 6, 6] = AnchorLeaf<b>(%relu_requantize)  {layer b; fused conv2d_1; the recipe sets it}
+        %conv2d_2_leaf: f32[*, 4, 6, 6] = AnchorLeaf<c>(%conv2d_leaf)  {layer c; fused conv2d_2}
+        return (%conv2d_1_leaf, %conv2d_2_leaf)
+    """)
+    assert [text for topic, text in graph_info(gm).notes if topic == "requantized"] == ["relu: 8 to 4 bits for conv2d_1"]
+
+
+def test_golden_parts_in_two_widths(net, calibrated) -> None:
+    """The integers are split as they are; the part that is read in 4 bits then becomes 4 bits."""
+
+    def forward(self, x):
+        left, right = self.a(x).chunk(2, 1)
+        return self.b(left), self.c(right)
+
+    gm = calibrated(net(forward, a=conv(), b=conv(2), c=conv(2)), X, Recipe.int8().set("c", activation=4))
+    assert_graph(lowered(gm, X), """
+        %x: f32[*, 4, 6, 6] = input  {group x}
+        %x_scale: f32[] = @x_scale
+        %x_zero_point: i32[] = @x_zero_point
+        %x_quantize: u8[*, 4, 6, 6] = qfx.quantize(%x, %x_scale, %x_zero_point, None, None, 0, 255, u8)
+        %conv2d_leaf: u8[*, 4, 6, 6] = AnchorLeaf<a>(%x_quantize)  {layer a; fused conv2d; group conv2d}
+        %chunk_int: (u8[*, 2, 6, 6], u8[*, 2, 6, 6]) = chunk(%conv2d_leaf, 2, 1)  {fused chunk; group conv2d}
+        %getitem_int: u8[*, 2, 6, 6] = getitem(%chunk_int, 0)  {fused getitem; group conv2d}
+        %getitem_1_int: u8[*, 2, 6, 6] = getitem(%chunk_int, 1)  {fused getitem_1; group conv2d}
+        %getitem_1_requantize: u8[*, 2, 6, 6] = PointLeaf<getitem_1_requantize>(%getitem_1_int)
+        %conv2d_1_leaf: f32[*, 4, 6, 6] = AnchorLeaf<b>(%getitem_int)  {layer b; fused conv2d_1}
+        %conv2d_2_leaf: f32[*, 4, 6, 6] = AnchorLeaf<c>(%getitem_1_requantize)  {layer c; fused conv2d_2; the recipe sets it}
+        return (%conv2d_1_leaf, %conv2d_2_leaf)
+    """)
+
+
 # --- movers -----------------------------------------------------------------------------------------------------------
 
 
@@ -194,16 +240,14 @@ def test_a_float_reader_of_a_moved_value(net, calibrated) -> None:
     assert back.args[0].name == "getitem_int"
 
 
-def test_cat_of_parts_with_scales_of_their_own_is_requantized(net, calibrated) -> None:
-    """One part comes at 4 bits: no move of integers."""
-
+def test_cat_of_a_part_that_another_layer_reads_in_4_bits(net, calibrated) -> None:
     def forward(self, x):
         y = self.a(x)
         return self.b(torch.cat([y, self.c(x)], 1)), self.c(y)
 
     recipe = Recipe.int8().set("c", activation=4)
     gm = lowered(calibrated(net(forward, a=conv(), b=conv(8), c=conv()), X, recipe), X, tolerance=STEP)
-    assert_same_numerics(lambda x: gm(x), gm, X)
+    assert dequantize not in targets(gm)
 
 
 # --- who reads what ---------------------------------------------------------------------------------------------------
@@ -243,8 +287,35 @@ def test_two_readers_at_two_widths(net, calibrated) -> None:
         y = self.a(x)
         return self.b(y), self.c(y)
 
+    target = Spy()
+    recipe = Recipe.int8().set("b", activation=4)
+    lowered(calibrated(net(forward, a=conv(), b=conv(), c=conv()), X, recipe), X, target=target)
+    between = next(region for region in target.seen if isinstance(region, PointRegion))
+    assert between.op is REQUANTIZE and not between.same_scale
+    assert [q.quant_max for q in (*between.inputs, between.output)] == [255, 15]  # int4 made of %a's own int8
+
+
+def test_a_float_reader_beside_two_widths(net, calibrated) -> None:
+    """It reads the widest, dequantized; the narrow integers are made of integers all the same."""
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y), self.c(y), y.softmax(1)
+
     gm = lowered(calibrated(net(forward, a=conv(), b=conv(), c=conv()), X, Recipe.int8().set("b", activation=4)), X)
-    assert sorted(n.args[6] for n in gm.graph.nodes if n.target is quantize) == [15, 255]  # int4 made of %a's own int8
+    assert [n.args[0].name for n in gm.graph.nodes if n.target is dequantize] == ["conv2d_leaf"]
+    assert [n.name for n in gm.graph.nodes if n.target is quantize] == ["x_quantize"]
+
+
+def test_a_width_that_two_layers_read_is_made_once(net, calibrated) -> None:
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y), self.c(y), self.d(y)
+
+    recipe = Recipe.int8().set("b", activation=4).set("c", activation=4)
+    gm = lowered(calibrated(net(forward, a=conv(), b=conv(), c=conv(), d=conv()), X, recipe), X)
+    (made,) = [n for n in gm.graph.nodes if n.name.endswith("_requantize")]
+    assert {n.name for n in made.users} == {"conv2d_1_leaf", "conv2d_2_leaf"}
 
 
 @pytest.mark.parametrize(
@@ -353,6 +424,62 @@ def test_declined_regions_stay_float_with_the_targets_reason(net, calibrated) ->
     reasons = {n.name: info(n).reason for n in gm.graph.nodes}
     assert (reasons["conv2d"], reasons["avg_pool2d"]) == ("float: too hot", "float: too cold")
     assert [n.name for n in gm.graph.nodes if n.op == "call_module"] == ["linear_leaf"]
+
+
+def test_a_declined_requantization_stays_float(net, calibrated) -> None:
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y), self.c(y)
+
+    target = Spy(declines=("requantize",))
+    recipe = Recipe.int8().set("b", activation=4)
+    gm = lowered(calibrated(net(forward, a=conv(), b=conv(), c=conv()), X, recipe), X, target=target)
+    assert graph_info(gm).notes[-1] == ("not lowered", "conv2d_dequantize_quantize: too cold")
+    assert sorted(n.args[6] for n in gm.graph.nodes if n.target is quantize) == [15, 255]
+    assert not any(topic == "requantized" for topic, _ in graph_info(gm).notes)
+
+
+def pair(*, first: int | None = None, second: int | None = None, constant: bool = True, mover: bool = False) -> Any:
+    """``quantize(dequantize(quantize(x)))`` to 4 bits, with scales per tensor or along the axes ``first``, ``second``."""
+    graph, root = fx.Graph(), nn.Module()
+    x = graph.placeholder("x")
+    given = graph.placeholder("scale")
+    ends = []
+    for name, axis in (("first", first), ("second", second)):
+        size = () if axis is None else (4,)
+        root.register_buffer(f"{name}_scale", torch.full(size, 0.02 if name == "first" else 0.3))
+        root.register_buffer(f"{name}_zero_point", torch.zeros(size, dtype=torch.int32))
+        ends.append((graph.get_attr(f"{name}_scale"), graph.get_attr(f"{name}_zero_point"), axis, None))
+    if not constant:
+        ends[1] = (given, *ends[1][1:])
+    wide = graph.call_function(quantize, (x, *ends[0], 0, 255, torch.uint8))
+    back = graph.call_function(dequantize, (wide, *ends[0], torch.float32))
+    for node in (wide, back):
+        node.meta["val"] = torch.empty(4, 4, dtype=torch.uint8 if node is wide else torch.float32)
+    moved = graph.call_function(torch.ops.aten.flip.default, (back, [0])) if mover else back
+    graph.output(graph.call_function(quantize, (moved, *ends[1], 0, 15, torch.uint8)))
+    return fx.GraphModule(root, graph)
+
+
+@pytest.mark.parametrize("mover", [False, True])
+@pytest.mark.parametrize("scales", [{"first": 0}, {"second": 0}, {"first": 0, "second": 0}, {"constant": False}])
+def test_scales_that_a_table_cannot_have(scales: dict[str, Any], mover: bool) -> None:
+    """Per axis, or chosen at run time: quantize and dequantize stay, and give what they gave."""
+    gm = pair(**scales, mover=mover)
+    x, scale = torch.rand(4, 4), torch.tensor(0.25)
+    before, text = gm(x, scale), str(gm.graph)
+    assert Lower(Reference()).run(gm) == 0 and str(gm.graph) == text
+    gm.recompile()
+    assert torch.equal(gm(x, scale), before)
+
+
+def test_one_constant_scale_each_is_a_table() -> None:
+    gm = pair()
+    x, scale = torch.rand(4, 4), torch.tensor(0.25)
+    before = gm(x, scale)
+    assert Lower(Reference()).run(gm) == 1
+    gm.recompile()
+    assert torch.equal(gm(x, scale), before) and dequantize not in targets(gm)
 
 
 def test_unfolded_weights_lower_too(net, calibrated) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qfx.cpu import cpu_features
+from qfx.targets.reference import Reference
 from qfx.targets.saturation import INT16_MAX, INT16_MIN, halves, may_saturate
 from qfx.targets.x86 import X86
 
@@ -117,12 +118,15 @@ def test_two_halves_are_the_whole(monkeypatch: pytest.MonkeyPatch, layer: str, d
     }[layer]
     data = r.qparams(0.02, 3, dtype)
     region = r.anchor(layer, shape, args, data=data, output=r.qparams(0.05, 90))
-    whole = X86().lower_anchor(region)
-    monkeypatch.setattr("qfx.targets.x86_static.onednn_has_vnni", lambda: False)
-    split = X86().lower_anchor(region)
+    named = []
+    for vnni in (True, False):
+        monkeypatch.setattr("qfx.targets.x86_static.onednn_has_vnni", lambda vnni=vnni: vnni)
+        named.append(X86().lower_anchor(region))
+    whole, split = named
     assert "in two halves" in split.kernel and "in two halves" not in whole.kernel  # type: ignore[union-attr]
     x = r.integers(inputs, data, torch.Generator().manual_seed(0))
-    assert r.worst_lsb(split(x), whole(x)) <= 1  # type: ignore[operator]
+    expected = Reference().lower_anchor(region)(x)  # type: ignore[operator]
+    assert r.worst_lsb(split(x), expected) <= 1  # type: ignore[operator]
 
 
 WEIGHTS = st.lists(st.integers(-128, 127), min_size=1, max_size=6)
