@@ -29,9 +29,7 @@ from numbers import Integral, Real
 from types import MappingProxyType
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 
 from qfx.errors import ConfigError, QfxWarning
 
@@ -497,10 +495,12 @@ def _linear(
     The options ``ends[i]`` to ``ends[i + 1]`` are those of one group: their weights add up to 1. A last variable is the
     part by which the limits are exceeded, at a penalty, so that prices tell of limits that contradict each other too.
     """
+    from scipy import optimize, sparse  # half a second that `import qfx` need not take
+
     n, groups = len(losses), len(ends) - 1
-    members = scipy.sparse.csr_array((np.ones(n), np.arange(n), ends), shape=(groups, n + 1))
+    members = sparse.csr_array((np.ones(n), np.arange(n), ends), shape=(groups, n + 1))
     for penalty in _PENALTIES:
-        solution = linprog(
+        solution = optimize.linprog(
             np.append(losses, penalty),
             A_ub=np.hstack([uses, -np.ones((len(uses), 1))]),
             b_ub=np.ones(len(uses)),

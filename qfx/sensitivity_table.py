@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from scipy.stats import spearmanr
 from tabulate import tabulate
 
 from qfx.choices import Choice, LayerFacts
@@ -167,6 +166,8 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
     Raises:
         ConfigError: they hold fewer than two values.
     """
+    from scipy.stats import spearmanr  # half a second that `import qfx` need not take
+
     if len(x) < 2:
         raise ConfigError(f"a rank correlation needs two trials, not {len(x)}")
     if len(set(x)) == 1 or len(set(y)) == 1:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 
 from qfx import allocation
@@ -141,7 +142,7 @@ def test_the_same_whether_groups_are_split(
 
 @pytest.mark.parametrize("fails", ["no solution", "useless prices"])
 def test_brute_force_agrees_whatever_the_prices(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    linprog = allocation.linprog
+    linprog = optimize.linprog
 
     def bad(*args: Any, **keywords: Any) -> OptimizeResult:
         solution = linprog(*args, **keywords)
@@ -150,7 +151,7 @@ def test_brute_force_agrees_whatever_the_prices(fails: str, monkeypatch: pytest.
         solution.ineqlin.marginals = np.where(np.arange(len(solution.ineqlin.marginals)) % 2, 1.0, -1e3)
         return solution
 
-    monkeypatch.setattr(allocation, "linprog", bad)
+    monkeypatch.setattr(optimize, "linprog", bad)
     for seed in range(2000, 2030):
         check(*instance(seed, 5))
 

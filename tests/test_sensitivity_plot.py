@@ -125,12 +125,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     file = tmp_path / "x.svg"
     file.write_text("old")
 
-    def full(part: Path, data: bytes) -> int:
-        with part.open("wb") as out:
-            out.write(data[:100])
+    def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("qfx.whole_file.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         plot(SMALL, file)
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
