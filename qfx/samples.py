@@ -18,7 +18,9 @@ from qfx.errors import CalibrationError, ConfigError
 from qfx.structure import Container, Leaf, Structure
 
 ROWS = 8
-"""Rows of a part: a replay keeps every value of the graph for them."""
+"""Rows of a part, at least: a replay keeps every value of the graph for them."""
+
+_MOST_ROWS, _ELEMENTS = 32, 2**17  # small images go through in larger parts
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Sample:
 def samples_of(
     gm: fx.GraphModule, calls: Iterable[tuple[tuple[Any, ...], Any]], *, rows: int, split: bool
 ) -> tuple[Sample, ...]:
-    """The first ``rows`` rows of ``(flat inputs, item)`` calls; ``split``: in parts of :data:`ROWS`.
+    """The first ``rows`` rows of ``(flat inputs, item)`` calls; ``split``: in parts of some rows.
 
     A call is split, and cut short, where all its inputs have one free batch size; else it counts as a whole.
 
@@ -75,8 +77,9 @@ def samples_of(
             found.append(make(inputs, item))
             left -= count or 1
             continue
-        for start in range(0, min(count, left), ROWS):
-            stop = min(start + ROWS, count, left)
+        part = _part(inputs)
+        for start in range(0, min(count, left), part):
+            stop = min(start + part, count, left)
             found.append(make(tuple(t[start:stop] for t in inputs), item))
         left -= count
     if not found:
@@ -85,6 +88,12 @@ def samples_of(
             hint="a generator is exhausted after one use: pass a list, a DataLoader, or a fresh generator",
         )
     return tuple(found)
+
+
+def _part(inputs: tuple[Any, ...]) -> int:
+    """Rows of a part: as many as have some 100,000 numbers; tokens say nothing of what is made of them."""
+    numbers = sum(t[0].numel() for t in inputs if t.is_floating_point())
+    return max(ROWS, min(_MOST_ROWS, _ELEMENTS // numbers)) if numbers else ROWS
 
 
 def _logits(result: Structure) -> int | None:

@@ -24,6 +24,12 @@ from qfx.widths import Rounders, Trial
 BITS = 3
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data in parts of 8 rows, so that a few rows are several."""
+    monkeypatch.setattr("qfx.samples._MOST_ROWS", 8)
+
+
 def net(forward: Callable[..., Any], **parts: Any) -> nn.Module:
     module = type("Net", (nn.Module,), {"forward": forward})()
     for name, part in parts.items():

@@ -30,6 +30,12 @@ X = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data in parts of 8 rows, so that a few rows are several."""
+    monkeypatch.setattr("qfx.samples._MOST_ROWS", 8)
+
+
+@pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_cache, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(score_cache, "_KEPT", type(score_cache._KEPT)())

@@ -37,6 +37,12 @@ Y = torch.arange(12) % 3
 
 
 @pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data in parts of 8 rows, so that a few rows are several."""
+    monkeypatch.setattr("qfx.samples._MOST_ROWS", 8)
+
+
+@pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(score_cache, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(score_cache, "_KEPT", type(score_cache._KEPT)())

@@ -143,14 +143,15 @@ def searched(options: Options, *, test_images: int | None = None, rows: int = 25
 
     full = top1(model)
     yield Figure("ResNet-20 float top-1", full, "%", note=f"{len(labels)} test images")
-    elements = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    layers = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    size = sum(w.numel() for w in layers) * 6 // 8 + 4 * sum(len(w) for w in layers)  # scales are float32
     uniform, _ = made(_uniform(4))
     yield Figure("uniform W4A8, top-1", uniform, "%", note="ranges from the extremes, as in auto")
     auto, seconds = made(qfx.AutoRecipe(average_weight_bits=4.0, rows=rows))
     note = f"{auto:.2f} %, {seconds:.1f} s in all; or within 0.3 of float: {full - auto:.2f}"
     yield Figure("auto at 4.0 bits above uniform W4A8", auto - uniform, "points", at_least(1.0), note)
-    six, _ = made(qfx.AutoRecipe(weight_bytes=elements * 6 / 8, rows=rows))
-    yield Figure("auto at 6 bits' bytes, drop", full - six, "points", at_most(0.3), f"{elements * 6 // 8} bytes")
+    six, _ = made(qfx.AutoRecipe(weight_bytes=size, rows=rows))
+    yield Figure("auto at 6 bits' bytes, drop", full - six, "points", at_most(0.3), f"{size} bytes, with scales")
     yield from _beside_peer(model, batches, top1, rows)
 
 
