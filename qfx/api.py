@@ -495,7 +495,7 @@ def _controlled(
     metric = auto.metric
     kept = [t for inputs, _ in kept_calls(gm) for t in inputs]
     shared = {id(t): t for t in (*prepared.parameters(), *prepared.buffers())}
-    untold = dataclasses.replace(plan, auto=dataclasses.replace(auto, metric=None, max_drop=None, **_NO_CONTROL))
+    untold = dataclasses.replace(plan, auto=auto.without_control())
 
     def converted(allocation: Allocation, *, verbose: bool = False, check: bool = False) -> nn.Module:
         twin = copy.deepcopy(prepared, {**shared, id(plan): untold})
@@ -509,15 +509,12 @@ def _controlled(
             return metric(model)
 
     start = allocate_bits(measured, auto.budget, pin=auto.pin_first_last, allow_float=auto.allow_float)
-    asked = repr(dataclasses.replace(auto, metric=None, max_drop=None, **_NO_CONTROL))
+    asked = repr(auto.without_control())
     key = content_of(gm, kept) + graph_info(gm).target + re.sub(" at 0x[0-9a-f]+", "", asked)  # another run's addresses
     trials = Trials(hashlib.sha256(key.encode()).hexdigest(), Path(auto.state) if auto.state is not None else None)
     outcome = control(start, evaluate, trials, max_drop=auto.max_drop, time_budget=auto.time_budget)
     add_notes(gm, "accuracy", [str(outcome)])
     return converted(outcome.allocation, verbose=verbose, check=check)
-
-
-_NO_CONTROL: dict[str, Any] = {"time_budget": None, "state": None}
 
 
 def _fitted(call: Example, plan: _Plan, model: nn.Module) -> Example:

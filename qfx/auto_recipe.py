@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -87,6 +87,10 @@ class AutoRecipe:
     @property
     def measurement(self) -> Measurement:
         return Measurement(self.weight_bits, self.activation_bits, self.score, rows=self.rows)
+
+    def without_control(self) -> AutoRecipe:
+        """The same search, with nothing verified behind it."""
+        return replace(self, max_drop=None, metric=None, time_budget=None, state=None)
 
     def __str__(self) -> str:
         bounds = ", ".join(f"{name} <= {bound:g}" for name, bound in self.budget.given.items())

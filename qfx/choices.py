@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,10 +58,7 @@ class LayerFacts:
     @property
     def numel(self) -> int:
         """Elements of the weight."""
-        total = 1
-        for size in self.weight_shape:
-            total *= size
-        return total if self.weight_shape else 0
+        return math.prod(self.weight_shape) if self.weight_shape else 0
 
     def costs(self, choice: Choice) -> Mapping[str, float]:
         """What the choice costs, by resource.

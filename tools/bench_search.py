@@ -175,7 +175,7 @@ def _beside_peer(
         data = {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "axis": None}}
         return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, weight, data], "algorithm": "max"}
 
-    # The last formats' activations are those of the first; labels are the float model's own, as ours needs none.
+    # Its loss needs labels, ours none: it gets those that the float model gives.
     wanted = [(batch, model(batch).argmax(1).detach()) for batch in batches]
     start = time.perf_counter()
     theirs, _ = mtq.auto_quantize(
