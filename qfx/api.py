@@ -509,7 +509,8 @@ def _controlled(
             return metric(model)
 
     start = allocate_bits(measured, auto.budget, pin=auto.pin_first_last, allow_float=auto.allow_float)
-    asked = repr(auto.without_control())
+    named = getattr(metric, "__qualname__", type(metric).__qualname__)
+    asked = f"{auto.without_control()!r} {named}"
     key = content_of(gm, kept) + graph_info(gm).target + re.sub(" at 0x[0-9a-f]+", "", asked)  # another run's addresses
     trials = Trials(hashlib.sha256(key.encode()).hexdigest(), Path(auto.state) if auto.state is not None else None)
     outcome = control(start, evaluate, trials, max_drop=auto.max_drop, time_budget=auto.time_budget)
