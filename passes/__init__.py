@@ -48,10 +48,13 @@ def ptq(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
         Convert(),
         FoldWeights(),
         CancelPairs(),
-        Lower(target),
-        ReuseMemory(),
-        EliminateDeadCode(),
+        *lowering(target),
     )
+
+
+def lowering(target: Target) -> tuple[Pass, ...]:
+    """The order behind CONVERTED, the same for every recipe: what a saved model goes through when it is loaded."""
+    return (Lower(target), ReuseMemory(), EliminateDeadCode())
 
 
 def auto_ptq(auto: AutoRecipe, target: Target) -> tuple[Pass, ...]:

@@ -29,6 +29,7 @@ from qfx.capture import original
 from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.example_values import restore_values
 from qfx.examples import Example, as_example
+from qfx.graph_module import CapturedModule
 from qfx.inference import GradientGuard, freeze, storages
 from qfx.kept_calls import keeping
 from qfx.memory import returned_at_once, trim
@@ -39,6 +40,7 @@ from qfx.node_table import Report, build_report, crossings, rows_before, tensor_
 from qfx.noise import measure
 from qfx.passes import ptq_pipeline, qat_pipeline
 from qfx.pipeline import Pipeline, run_pass
+from qfx.portable import put_beside, twin_of
 from qfx.recipe import Recipe
 from qfx.regions import Regions, capture_regions
 from qfx.roundings import fake_quants
@@ -579,7 +581,11 @@ def _convert_graph(
     groups = len({info(n).group for n in gm.graph.nodes} - {""})
     noise = measure(gm, inputs)
     trim()
-    behind.run(gm, hook=None if foreign else lambda *_: trim())  # give back layer by layer what nobody shares
+    hook = None if foreign else lambda *_: trim()  # give back layer by layer what nobody shares
+    convert_, lower_ = behind.split(Stage.CONVERTED)
+    convert_.run(gm, hook=hook)
+    twin = twin_of(gm, without=_PLAN) if lower_ and isinstance(gm, CapturedModule) else None
+    lower_.run(gm, hook=hook)
     made = build_report(
         plan.model,
         rows,
@@ -589,7 +595,9 @@ def _convert_graph(
         share_groups=groups,
         weight_bytes_before=plan.weight_bytes,
     )
-    freeze(gm, foreign)  # before the first run: kernels pack what they find
+    freeze(nn.ModuleList([gm] if twin is None else [gm, twin]), foreign)  # before the first run packs what it finds
+    if twin is not None:
+        put_beside(gm, twin)
     if settled is not None:
         trained = agreement.settled_agreement(live, settled) if live is not None else ()
         found = (*trained, *agreement.lowered_agreement(settled, gm, inputs))

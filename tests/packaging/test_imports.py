@@ -68,6 +68,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "origin",
         "patterns",
         "pipeline",
+        "portable",
         "printer",
         "recipe",
         "recipe_file",
