@@ -25,7 +25,7 @@ from qfx.attributes import exists, free_path
 from qfx.errors import QfxWarning
 from qfx.meta import add_notes
 from qfx.operators import is_constant, tensor_inputs
-from qfx.ops import pack, quantize, storage_bits, unpack_op
+from qfx.ops import pack, quantize, unpack_op
 from qfx.rewrite import erase_dead, evaluate, insert_buffer, insert_call, root_of
 from qfx.stage import Stage
 
@@ -121,7 +121,7 @@ def _bits(node: fx.Node) -> int:
 
 def _store(gm: fx.GraphModule, base: str, integers: Tensor, bits: int, *, replacing: bool, like: fx.Node) -> fx.Node:
     """Store the integers, under the weight's own name where nobody else reads it; returns the node that reads them."""
-    if storage_bits(bits) == 8:
+    if bits == 8:
         return insert_buffer(gm, base if replacing else free_path(gm, base), integers, like=like)
     shape = list(integers.shape)
     rows = integers.reshape(shape[0], -1)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qfx.ops import storage_bits
 from qfx.spec import QConfig
 
 FLOAT_BITS = 32
@@ -81,4 +80,4 @@ class LayerFacts:
             return self.numel * FLOAT_BITS // 8
         rows = self.weight_shape[0] if self.weight_shape else 0
         columns = self.numel // rows if rows else 0
-        return rows * -(-columns * storage_bits(bits) // 8) + self.scales * _SCALE_BYTES
+        return rows * -(-columns * bits // 8) + self.scales * _SCALE_BYTES

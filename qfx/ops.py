@@ -39,39 +39,41 @@ for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
 
 
-# --- storage of narrow integers: several per byte, lowest bits first, along the last axis ---------------------------
+# --- storage of narrow integers: without gaps, lowest bits first, along the last axis --------------------------------
 
 
 def storage_bits(bits: int) -> int:
-    """Bits that one element takes in storage: 2 for 2, 4 for 3 and 4, 8 for 5 to 8."""
-    return 2 if bits <= 2 else 4 if bits <= 4 else 8
+    """Bits that one element takes in storage."""
+    return bits
 
 
 def pack(q: Tensor, bits: int) -> Tensor:
-    """Pack int8 or uint8 integers of ``bits`` along the last axis into uint8, ``[..., ceil(K * storage_bits / 8)]``.
+    """Pack int8 or uint8 integers of ``bits`` along the last axis into uint8, ``[..., ceil(K * bits / 8)]``.
 
-    Integers of 5 to 8 bits fill a byte and are returned as they are.
+    Eight elements make ``bits`` bytes: element i lies in bits ``i * bits`` to ``(i + 1) * bits - 1`` of a row, counted
+    from the lowest of its first byte. Integers of 8 bits are returned as they are.
     """
-    width = storage_bits(bits)
-    if width == 8:
+    if bits == 8:
         return q
-    per_byte = 8 // width
-    low = q.view(torch.uint8) & ((1 << width) - 1)
-    low = torch.nn.functional.pad(low, (0, -low.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=q.device)
-    packed: Tensor = (low << shifts).sum(-1, dtype=torch.int32).to(torch.uint8)
-    return packed
+    size = -(-q.shape[-1] * bits // 8)
+    fields = torch.nn.functional.pad(q.view(torch.uint8) & ((1 << bits) - 1), (0, -q.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    eights = sum(fields[..., i].long() << bits * i for i in range(8))
+    assert isinstance(eights, Tensor)
+    stored = torch.stack([(eights >> 8 * i).to(torch.uint8) for i in range(bits)], -1)
+    return stored.flatten(-2)[..., :size].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, signed: bool, length: int) -> Tensor:
     """The inverse of :func:`pack`: int8 (signed) or uint8 of ``[..., length]``."""
-    width = storage_bits(bits)
+    if bits == 8:
+        return packed
+    stored = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    eights = sum(stored[..., i].long() << 8 * i for i in range(bits))
+    assert isinstance(eights, Tensor)
+    fields = torch.stack([(eights >> bits * i).to(torch.uint8) for i in range(8)], -1) << 8 - bits
     if signed:  # up against the sign bit, then arithmetically down again
-        bytes_ = packed.view(torch.int8)
-        fields = [(bytes_ << (8 - width - low)) >> (8 - width) for low in range(0, 8, width)]
-    else:
-        fields = [(packed >> low) & ((1 << width) - 1) for low in range(0, 8, width)]
-    return torch.stack(fields, -1).flatten(-2)[..., :length].contiguous()
+        fields = fields.view(torch.int8)
+    return (fields >> 8 - bits).flatten(-2)[..., :length].contiguous()
 
 
 # --- implementations ------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class LookupRegion:
     The leaf is called with ``(indices,)``, int32 or int64 of any shape; it gives ``[*indices.shape, length]`` of
     ``dtype``.
 
-    ``table``: the integers as the graph stores them, ``[rows, length]``, those of 4 bits and fewer packed
+    ``table``: the integers as the graph stores them, ``[rows, length]``, those of fewer than 8 bits packed
     (:func:`qfx.ops.pack`). Another layer's region may hold the same tensor. ``signed``: they are int8, else uint8.
     """
 

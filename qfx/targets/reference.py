@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from qfx import affine
 from qfx.operators import Op
-from qfx.ops import pack, storage_bits, unpack
+from qfx.ops import pack, unpack
 from qfx.patterns import NoMatch
 from qfx.spec import PerAxis, PerGroup, PerTensor, PerToken, QConfig
 from qfx.targets.base import (
@@ -167,9 +167,7 @@ class AnchorLeaf(_Epilogue):
     def integers(self) -> Tensor:
         """The weight's integers in its own shape; narrow ones are stored packed."""
         length = math.prod(self.weight_shape[1:])
-        narrow = storage_bits(self.weight_bits) < 8
-        q = unpack(self.weight, self.weight_bits, self.weight_signed, length) if narrow else self.weight
-        return q.reshape(self.weight_shape)
+        return unpack(self.weight, self.weight_bits, self.weight_signed, length).reshape(self.weight_shape)
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         if self.data is None and self.dynamic is None:
@@ -276,9 +274,7 @@ class LookupLeaf(Leaf):
     def forward(self, indices: Tensor) -> Tensor:
         """``indices``, int32 or int64 of any shape, to ``[*indices.shape, length]`` of the table's float dtype."""
         rows = indices.reshape(-1)
-        q = self.weight.index_select(0, rows)
-        if storage_bits(self.bits) < 8:
-            q = unpack(q, self.bits, self.signed, self.length)
+        q = unpack(self.weight.index_select(0, rows), self.bits, self.signed, self.length)
         scale, zero_point = (p.index_select(0, rows) if p.ndim else p for p in (self.scale, self.zero_point))
         return self.dequantize(q, scale, zero_point).to(self.dtype).reshape(*indices.shape, self.length)
 

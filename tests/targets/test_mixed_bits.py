@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import qfx
 from qfx import affine, kernels
-from qfx.ops import dequantize, quantize, storage_bits
+from qfx.ops import dequantize, quantize
 from qfx.targets import Leaf, QParams, Target, requantization
 from qfx.targets.reference import Reference
 from qfx.targets.x86 import X86
@@ -180,7 +180,7 @@ def expected_bytes(gm: fx.GraphModule, widths: Widths) -> int:
     for layer, (bits, _) in widths.items():
         module = getattr(Net(), layer)
         channels, length = module.weight.shape[0], math.prod(module.weight.shape[1:])
-        total += channels * math.ceil(length * storage_bits(bits) / 8) + 4 * channels * (1 + (module.bias is not None))
+        total += channels * math.ceil(length * bits / 8) + 4 * channels * (1 + (module.bias is not None))
         total += 4  # the zero points of symmetric weights: one number
     alone = [name for name, t in gm.named_buffers() if name.endswith("scale") and t.ndim == 0]
     return total + 8 * len(alone)
