@@ -26,21 +26,25 @@ from qfx.roundings import fake_quants
 from qfx.targets import Leaf
 
 LARGEST_FLOAT = 1e-3
-"""The greatest difference of a float result, relative to the greatest magnitude."""
+"""The greatest difference of a float32 result, relative to the greatest magnitude."""
 
 
 @dataclass(frozen=True)
 class LayerAgreement:
-    """How far a layer of the integer model is from the prepared one: ``lsb`` of integers, ``relative`` of floats."""
+    """How far a layer of the integer model is from the prepared one: ``lsb`` of integers, ``relative`` of floats.
+
+    ``allowed``: how large that may be. Half-precision values are themselves rounded, in the prepared model.
+    """
 
     node: str
     layer: str
     lsb: int | None
     relative: float | None
+    allowed: float
 
     @property
     def holds(self) -> bool:
-        return self.lsb <= 1 if self.lsb is not None else (self.relative or 0.0) <= LARGEST_FLOAT
+        return (self.relative or 0.0 if self.lsb is None else self.lsb) <= self.allowed
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,11 @@ def settled_agreement(live: Recorded, settled: Recorded) -> list[LayerAgreement]
         name = rounding.node
         if name in settled.own:
             got, want = (rounding.integers(t, torch.int32) for t in (settled.own[name], live.values[name]))
-            found.append(LayerAgreement(source, rounding.layer, _lsb(got, want), None))
+            allowed = _allowed_lsb(live.values[name])
+            found.append(LayerAgreement(source, rounding.layer, _lsb(got, want), None, allowed))
     for want, got in zip(tree_leaves(live.values["output"]), tree_leaves(settled.values["output"]), strict=True):
         if isinstance(want, Tensor) and want.is_floating_point():
-            found.append(LayerAgreement("output", "", None, _relative(want, got)))
+            found.append(LayerAgreement("output", "", None, _relative(want, got), _allowed(want)))
     return found
 
 
@@ -172,14 +177,16 @@ class _Forced(fx.Interpreter):
         if result.is_floating_point():
             want = settled.values[source]
             if compare:
-                self.found.append(LayerAgreement(n.name, info(n).origin, None, _relative(want, result)))
+                off = _relative(want, result)
+                self.found.append(LayerAgreement(n.name, info(n).origin, None, off, _allowed(want)))
             return torch.empty_like(result).copy_(want) if want.shape == result.shape else result
         if source not in settled.rounded:
             return result
         rounding = settled.rounded[source]
         want = rounding.integers(settled.values[rounding.node], result.dtype)
         if compare:
-            self.found.append(LayerAgreement(n.name, info(n).origin, _lsb(want, result), None))
+            allowed = _allowed_lsb(settled.values[source])
+            self.found.append(LayerAgreement(n.name, info(n).origin, _lsb(want, result), None, allowed))
         return torch.empty_like(result).copy_(want)  # in the layout that the next kernel expects
 
 
@@ -194,6 +201,16 @@ def _relative(want: Tensor, got: Tensor) -> float:
     return 0.0 if off == 0.0 else off / most if most else float("inf")
 
 
+def _allowed(want: Tensor) -> float:
+    """Two roundings of the value's own dtype where these are coarser than what kernels may differ by."""
+    return max(LARGEST_FLOAT, 2 * torch.finfo(want.dtype).eps)
+
+
+def _allowed_lsb(rounded: Tensor) -> int:
+    """One, and what the dtype of the value that was rounded to 8 bits cannot tell."""
+    return 1 + int(255 * torch.finfo(rounded.dtype).eps)
+
+
 def require(found: Sequence[LayerAgreement]) -> None:
     """Raise where a layer breaks the contract.
 
@@ -202,9 +219,11 @@ def require(found: Sequence[LayerAgreement]) -> None:
     """
     for layer in found:
         if not layer.holds:
-            off = f"{layer.lsb} LSB" if layer.lsb is not None else f"{layer.relative:.2g} of its greatest magnitude"
+            unit = "LSB" if layer.lsb is not None else "of its greatest magnitude"
+            off = f"{layer.relative if layer.lsb is None else layer.lsb:.2g} {unit}"
+            allowed = f"{layer.allowed:.2g}" + (" LSB" if layer.lsb is not None else "")
             raise VerifyError(
-                f"the integer model is off by {off} at {layer.node!r} where it may be off by 1 LSB",
+                f"the integer model is off by {off} at {layer.node!r} where it may be off by {allowed}",
                 where=layer.layer,
                 hint="report it with the model; convert(check=False) leaves the comparison out",
             )
