@@ -86,7 +86,7 @@ class Recorded:
 def record(gm: fx.GraphModule, inputs: tuple[Any, ...], forced: Recorded | None = None) -> Recorded:
     """Run a prepared graph in eval mode with rounding on; ``forced`` gives the values that its roundings shall have."""
     runner = _Recorder(gm, forced)
-    with torch.no_grad(), _rounding(gm):
+    with torch.no_grad(), rounding_on(gm):
         runner.run(*inputs, enable_io_processing=False)
     return Recorded(runner.values, runner.rounded, runner.own)
 
@@ -117,7 +117,8 @@ class _Recorder(fx.Interpreter):
 
 
 @contextmanager
-def _rounding(gm: fx.GraphModule) -> Iterator[None]:
+def rounding_on(gm: fx.GraphModule) -> Iterator[None]:
+    """Let a calibrated graph round its values meanwhile, as after conversion."""
     modules = list(dict.fromkeys(m for _, m in fake_quants(gm)))
     before = [m.quantizing for m in modules]
     try:
