@@ -15,11 +15,12 @@ After::
 A term of ``addmm`` that is no bias, one parameter for each output, becomes an ``add`` behind the linear layer.
 Declines when ``addmm`` scales its terms, when the right operand of ``addmm``, ``mm`` or ``matmul`` is computed from
 inputs or has not two dimensions, when padding ``'same'`` is not the same on both sides, when dropout is active in eval
-mode, and when a copy changes dtype, device or memory format or an operator writes to it.
+mode, when a copy changes dtype, device or memory format, and when an operator writes to a copy or a whole slice.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -92,6 +93,15 @@ def _same_dtype(match: Match) -> NoMatch | None:
     if is_written(node) or is_written(source):
         return NoMatch("an operator writes to it or to what it copies", node)
     return None
+
+
+def _whole(match: Match) -> NoMatch | None:
+    """``x[:]``, which a trace with free sizes keeps and one with fixed sizes does not."""
+    node = match["slice"]
+    start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    if start not in (None, 0) or end not in (None, sys.maxsize) or step != 1:
+        return NoMatch("it takes a part", None)
+    return NoMatch("an operator writes to it", node) if is_written(node) else None
 
 
 def _to_linear(gm: fx.GraphModule, match: Match) -> None:
@@ -193,6 +203,7 @@ def _take_over(gm: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
 RULES = (
     Rule("dropout", op("dropout", "dropout feature_dropout alpha_dropout"), _inactive, _drop("dropout")),
     Rule("no-op", op("copy", "lift_fresh_copy alias detach detach_ to _to_copy"), _same_dtype, _drop("copy")),
+    Rule("whole-slice", op("slice", "slice"), _whole, _drop("slice")),
     Rule("addmm", op("mm", "addmm"), _unscaled, _to_linear),
     Rule("mm", op("mm", "mm matmul"), _constant_right, _to_linear),
     Rule("relu6", op("relu6", "relu6"), _always, _retarget("relu6", aten.hardtanh.default, 0.0, 6.0)),

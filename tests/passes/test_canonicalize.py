@@ -47,6 +47,18 @@ def test_copies_that_change_nothing_go(net) -> None:
     """)
 
 
+def test_whole_slices_go_and_parts_stay(net) -> None:
+    gm = check(net, lambda self, x: x[:, 1:3].relu() + x[:, ::2])
+    assert_graph(gm, """
+        %x: f32[*, 4] = input
+        %slice_2: f32[*, 2] = slice.Tensor(%x, 1, 1, 3)
+        %relu: f32[*, 2] = relu(%slice_2)
+        %slice_4: f32[*, 2] = slice.Tensor(%x, 1, 0, 9223372036854775807, 2)
+        %add: f32[*, 2] = add.Tensor(%relu, %slice_4)
+        return (%add)
+    """)
+
+
 def test_addmm_is_linear(net) -> None:
     gm = check(net, lambda self, x: torch.addmm(self.b, x, self.w.t()), w=weight(5, 4), b=weight(5))
     assert_graph(gm, """
@@ -174,6 +186,10 @@ def written_copy(self, x):
     return x.to(torch.float32, copy=True).add_(1.0)
 
 
+def written_slice(self, x):
+    return x.exp()[:].add_(1.0)
+
+
 def other_memory_format(self, x):
     return x.to(memory_format=torch.contiguous_format)
 
@@ -187,6 +203,7 @@ def other_memory_format(self, x):
         (active_dropout, "dropout: dropout: the model drops out in eval mode too"),
         (other_dtype, "no-op: to: it changes dtype or device"),
         (written_copy, "no-op: to: an operator writes to it or to what it copies"),
+        (written_slice, "whole-slice: slice_1: an operator writes to it"),
         (other_memory_format, "no-op: to: it changes the memory format"),
     ],
 )
