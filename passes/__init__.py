@@ -27,7 +27,7 @@ from qfx.passes.reuse_memory import ReuseMemory
 from qfx.passes.settle_training import SettleTraining
 from qfx.passes.share_scales import ShareScales
 from qfx.passes.store_embeddings import StoreEmbeddings
-from qfx.pipeline import Pass, Pipeline
+from qfx.pipeline import ORDERS, PASSES_BY_NAME, Pass
 from qfx.recipe import Recipe
 from qfx.targets import Target
 
@@ -82,24 +82,47 @@ def qat(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
     return tuple(order)
 
 
-def ptq_pipeline(recipe: Recipe | AutoRecipe, target: Target) -> Pipeline:
-    """:func:`ptq`, or :func:`auto_ptq`, as a pipeline that can be edited."""
-    return Pipeline(auto_ptq(recipe, target) if isinstance(recipe, AutoRecipe) else ptq(recipe, target))
+def _ptq(recipe: Recipe | AutoRecipe, target: Target) -> tuple[Pass, ...]:
+    return auto_ptq(recipe, target) if isinstance(recipe, AutoRecipe) else ptq(recipe, target)
 
 
-def qat_pipeline(recipe: Recipe | AutoRecipe, target: Target) -> Pipeline:
-    """:func:`qat` as a pipeline that can be edited.
-
-    Raises:
-        ConfigError: the recipe finds its bits itself, which takes a calibrated model.
-    """
+def _qat(recipe: Recipe | AutoRecipe, target: Target) -> tuple[Pass, ...]:
     if isinstance(recipe, AutoRecipe):
         raise ConfigError(
             "training needs the bits beforehand",
             hint="find them with qfx.sensitivity and qfx.allocate, and train with the recipe that gives",
         )
-    return Pipeline(qat(recipe, target))
+    return qat(recipe, target)
 
+
+ORDERS.update(ptq=_ptq, qat=_qat)
+PASSES_BY_NAME.add_own(
+    (
+        AbsorbClamps,
+        AllocateBits,
+        Annotate,
+        AnnotateAgain,
+        CancelPairs,
+        Canonicalize,
+        Convert,
+        EliminateDeadCode,
+        FoldWeights,
+        FollowTraining,
+        Functionalize,
+        FuseBnConv,
+        FuseConvBn,
+        FuseEpilogues,
+        FuseLinearBn,
+        InsertObservers,
+        Lower,
+        MeasureLatency,
+        MeasureSensitivity,
+        ReuseMemory,
+        SettleTraining,
+        ShareScales,
+        StoreEmbeddings,
+    )
+)
 
 if __name__ != "qfx.passes":
     raise ImportError(f"this package is qfx.passes and is imported under that name only, not as {__name__}")

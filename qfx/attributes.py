@@ -39,6 +39,16 @@ def set_buffer(gm: nn.Module, path: str, tensor: Tensor) -> None:
     owner.register_buffer(name, tensor.detach())
 
 
+def set_tensor(gm: nn.Module, path: str, tensor: Tensor) -> None:
+    """Put ``tensor`` at ``path``, in place of what is there: a parameter as such, any other tensor as a buffer."""
+    if not isinstance(tensor, nn.Parameter):
+        set_buffer(gm, path, tensor)
+        return
+    owner, name = _owner(gm, path)
+    owner._buffers.pop(name, None)
+    owner.register_parameter(name, tensor)
+
+
 def set_module(gm: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` at ``path``; a container there hands on what it holds under other names."""
     owner, name = _owner(gm, path)

@@ -97,3 +97,16 @@ class AutoRecipe:
         drop = f"a drop of at most {self.max_drop:g}" if self.max_drop is not None else ""
         asked = ", ".join(filter(None, (bounds, drop)))
         return f"auto over {self.base.name}: {asked or 'three quarters of its bytes'}"
+
+
+def as_recipe(recipe: str | Recipe | AutoRecipe) -> Recipe | AutoRecipe:
+    """The recipe itself, that of a name, or for ``auto`` a search with its defaults.
+
+    Raises:
+        ConfigError: there is none of that name, or it is no recipe.
+    """
+    if isinstance(recipe, Recipe | AutoRecipe):
+        return recipe
+    if not isinstance(recipe, str):
+        raise ConfigError(f"recipe is a {type(recipe).__name__}", hint="give a preset's name or a qfx.Recipe")
+    return AutoRecipe() if recipe == "auto" else Recipe.preset(recipe)

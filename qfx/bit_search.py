@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from qfx import api
+from qfx.auto_recipe import as_recipe
 from qfx.bit_allocation import Allocation, Pin, allocate_bits, pareto_front
 from qfx.budget import Budget
 from qfx.divergence import Loss
@@ -119,7 +120,7 @@ def pareto(
 
 
 def _fixed(recipe: str | Recipe) -> Recipe:
-    found = api.as_recipe(recipe)
+    found = as_recipe(recipe)
     if not isinstance(found, Recipe):
         raise ConfigError("this recipe finds its bits itself", hint="give its base: the recipe whose layers to measure")
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qfx.api import default_pipeline, quantize
+from qfx.api import quantize
 from qfx.errors import VerifyError
 from qfx.meta import info
 from qfx.passes.eliminate_dead_code import EliminateDeadCode
@@ -49,7 +49,7 @@ def converted(
     target: str | Target = "auto",
 ) -> nn.Module:
     """``model`` quantized for ``target`` up to stage CONVERTED, not lowered; arguments as of ``quantize``."""
-    passes = Pipeline(tuple(itertools.takewhile(lambda p: p.name != Lower.name, default_pipeline(recipe, target))))
+    passes = Pipeline(tuple(itertools.takewhile(lambda p: p.name != Lower.name, Pipeline.default(recipe, target))))
     return quantize(
         model, example_inputs, calibration=calibration, recipe=recipe, target=target, pipeline=passes, verbose=False
     )

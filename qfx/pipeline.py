@@ -7,13 +7,18 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import fx
 
+from qfx.auto_recipe import AutoRecipe, as_recipe
 from qfx.errors import ConfigError, PassError, QfxError, VerifyError
+from qfx.foreign_pass import ForeignPass, Function
 from qfx.meta import NODE_INFO_FIELDS, NodeInfo, info, update_graph
+from qfx.recipe import Recipe
+from qfx.registry import Registry, instance_of
 from qfx.stage import Stage, stage_of
+from qfx.targets import Target, choose
 from qfx.verify import verify
 
 log = logging.getLogger(__name__)
@@ -27,12 +32,62 @@ class Pass(Protocol):
     it may set. ``run`` rewrites in place and returns the number of rewrites it made: 0 means nothing changed.
     """
 
-    name: ClassVar[str]
-    stage: ClassVar[tuple[Stage, Stage]]
-    writes: ClassVar[frozenset[str]]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stage(self) -> tuple[Stage, Stage]: ...
+
+    @property
+    def writes(self) -> frozenset[str]: ...
 
     def run(self, gm: fx.GraphModule) -> int: ...
 
+
+PassLike = Pass | Function | str
+"""What edits of a pipeline take: a pass, a function or ``PassBase`` of torch.fx, or the name of a registered one."""
+
+
+def as_pass(given: PassLike | type) -> Pass:
+    """The pass itself, that of a name, or a foreign one in its adapter; of a class, an instance.
+
+    Raises:
+        ConfigError: there is none of that name, or it is no pass.
+    """
+    if isinstance(given, str):
+        return PASSES_BY_NAME.find(given)
+    made = instance_of(given)
+    if isinstance(made, Pass):
+        return made
+    if callable(made):
+        return ForeignPass.of(made)
+    raise ConfigError(
+        f"what is to be a pass is a {type(made).__name__}",
+        hint="give a pass with name, stage, writes and run, a function of a GraphModule, or a registered name",
+    )
+
+
+PASSES_BY_NAME: Registry[Pass] = Registry("pass", "qfx.passes", as_pass)
+
+P = TypeVar("P", bound=type | Pass | Function)
+
+
+def register_pass(plugin: P) -> P:
+    """Let a pass be asked for by its name, as in ``pipeline.after("fuse-conv-bn", "my-pass")``; returns it.
+
+    Args:
+        plugin: a pass or a class of one, which is made without arguments; or a function or ``PassBase`` of torch.fx,
+            whose name in kebab-case is the pass's.
+
+    Raises:
+        ConfigError: it is no pass, or its name is taken.
+    """
+    PASSES_BY_NAME.register(plugin)
+    return plugin
+
+
+ORDERS: dict[str, Callable[[Recipe | AutoRecipe, Target], tuple[Pass, ...]]] = {}
+"""The default order of each mode; ``qfx.passes``, which this module does not know, puts them in."""
 
 Hook = Callable[[Pass | None, fx.GraphModule, Pass | None], None]
 """Called before the first pass, between passes and after the last with ``(previous, gm, next)``."""
@@ -66,27 +121,40 @@ class Pipeline:
                 )
             stage = leaves if stage is None else max(stage, leaves)
 
+    @classmethod
+    def default(
+        cls, recipe: str | Recipe | AutoRecipe = "int8", target: str | Target = "auto", *, mode: str = "ptq"
+    ) -> Pipeline:
+        """The passes that ``qfx.quantize`` runs (``mode="qat"``: ``qfx.quantize_qat``), to be edited.
+
+        Raises:
+            ConfigError: there is no such recipe, target or mode, or they do not fit.
+        """
+        if mode not in ORDERS:
+            raise ConfigError(f"there is no mode {mode!r}", hint="choose one of " + ", ".join(ORDERS))
+        return cls(ORDERS[mode](as_recipe(recipe), choose(target)))
+
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
 
     def __len__(self) -> int:
         return len(self.passes)
 
-    def before(self, name: str, new: Pass) -> Pipeline:
+    def before(self, name: str, new: PassLike) -> Pipeline:
         i = self._index(name)
-        return Pipeline((*self.passes[:i], new, *self.passes[i:]))
+        return Pipeline((*self.passes[:i], as_pass(new), *self.passes[i:]))
 
-    def after(self, name: str, new: Pass) -> Pipeline:
+    def after(self, name: str, new: PassLike) -> Pipeline:
         i = self._index(name) + 1
-        return Pipeline((*self.passes[:i], new, *self.passes[i:]))
+        return Pipeline((*self.passes[:i], as_pass(new), *self.passes[i:]))
 
     def without(self, name: str) -> Pipeline:
         i = self._index(name)
         return Pipeline((*self.passes[:i], *self.passes[i + 1 :]))
 
-    def replace(self, name: str, new: Pass) -> Pipeline:
+    def replace(self, name: str, new: PassLike) -> Pipeline:
         i = self._index(name)
-        return Pipeline((*self.passes[:i], new, *self.passes[i + 1 :]))
+        return Pipeline((*self.passes[:i], as_pass(new), *self.passes[i + 1 :]))
 
     def split(self, stage: Stage = Stage.PREPARED) -> tuple[Pipeline, Pipeline]:
         """The passes that leave a graph at ``stage`` at most, and those behind.

@@ -2,7 +2,7 @@
 
 They are for the tests of qfx itself and for authors of passes elsewhere. A test of a pass is small text in, text out::
 
-    gm = run_passes(model, x, Functionalize(), Canonicalize())
+    gm = run_passes(model, x, "functionalize", "canonicalize", MyPass())
     assert_graph(gm, '''
         %x: f32[*, 4] = input
         %relu: f32[*, 4] = relu(%x)
@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from qfx.capture import capture
 from qfx.examples import as_example
-from qfx.pipeline import Pass, run_pass
+from qfx.pipeline import PassLike, as_pass, run_pass
 from qfx.printer import show
 from qfx.structure import flatten
 
@@ -68,14 +68,15 @@ def assert_same_numerics(a: Callable[..., Any], b: Callable[..., Any], args: Any
         assert error <= tolerance, f"output {i}: relative error {error:.3g}, allowed are {tolerance:.3g}"
 
 
-def run_passes(model: nn.Module, example_inputs: Any, *passes: Pass) -> fx.GraphModule:
+def run_passes(model: nn.Module, example_inputs: Any, *passes: PassLike) -> fx.GraphModule:
     """Capture ``model``, which is in eval mode, and run ``passes`` in order on the graph; returns it.
 
-    With ``QFX_CHECK=1`` in the environment every pass is held to its contract.
+    Passes may be named, as ``"canonicalize"``, where they need no options; functions of torch.fx are taken too. With
+    ``QFX_CHECK=1`` in the environment every pass is held to its contract.
     """
     gm = capture(model, example_inputs)
     for p in passes:
-        run_pass(p, gm)
+        run_pass(as_pass(p), gm)
     return gm
 
 

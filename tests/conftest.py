@@ -23,6 +23,8 @@ from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(THREADS)
 
+collect_ignore = ["plugin"]  # somebody else's package with tests of its own; test_plugin.py installs it and runs them
+
 # Derandomized: a failure is the commit's, not the day's. `make nightly` looks further.
 settings.register_profile("fast", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.register_profile("nightly", deadline=None, max_examples=500, database=None)

@@ -374,10 +374,10 @@ def test_pipelines_must_fit() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
     with pytest.raises(ConfigError, match="nothing in it finds bit widths"):
-        quantized(model, "auto", ROWS, pipeline=qfx.default_pipeline("int8"))
+        quantized(model, "auto", ROWS, pipeline=qfx.Pipeline.default("int8"))
     with pytest.raises(ConfigError, match="it finds bit widths, the recipe gives them"):
-        quantized(model, "int8", ROWS, pipeline=qfx.default_pipeline("auto"))
-    made = quantized(model, AutoRecipe(8.0, weight_bits=(4, 8)), ROWS, pipeline=qfx.default_pipeline("auto"))
+        quantized(model, "int8", ROWS, pipeline=qfx.Pipeline.default("auto"))
+    made = quantized(model, AutoRecipe(8.0, weight_bits=(4, 8)), ROWS, pipeline=qfx.Pipeline.default("auto"))
     allocation = qfx.report(made).allocation  # the recipe of the call, not of the pipeline
     assert allocation is not None and allocation.costs["average_weight_bits"] == 8.0
 

@@ -289,13 +289,13 @@ def test_verbs_out_of_order(net: Net, qnet: nn.Module) -> None:
 @pytest.mark.parametrize("name", ["annotate", "insert-observers", "convert"])
 def test_a_pipeline_without_a_stage(name: str) -> None:
     with pytest.raises(qfx.ConfigError, match="needs a graph at stage") as caught:
-        qfx.default_pipeline().without(name)
+        qfx.Pipeline.default().without(name)
     check(caught.value)
 
 
 def test_a_pipeline_without_the_pass() -> None:
     with pytest.raises(qfx.ConfigError, match="no pass 'fuse-conv'") as caught:
-        qfx.default_pipeline().without("fuse-conv")
+        qfx.Pipeline.default().without("fuse-conv")
     assert "fuse-conv-bn" in caught.value.hint
 
 

@@ -12,7 +12,6 @@ from torch import fx
 
 from qfx.errors import ConfigError, PassError, VerifyError
 from qfx.meta import graph_info, update, update_graph
-from qfx.passes import ptq_pipeline
 from qfx.pipeline import Pass, Pipeline, run_pass
 from qfx.recipe import Recipe
 from qfx.stage import Stage, stage_of
@@ -67,7 +66,7 @@ def _checking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_default_order() -> None:
-    pipeline = ptq_pipeline(Recipe.int8(), Reference())
+    pipeline = Pipeline.default(Recipe.int8(), Reference())
     assert names(pipeline) == [
         "functionalize",
         "canonicalize",
@@ -116,7 +115,7 @@ def test_names_are_unique() -> None:
 def test_a_pass_too_early_is_refused_at_construction() -> None:
     with pytest.raises(ConfigError, match="'late' needs a graph at stage FUSED, but the passes before it leave CANON"):
         Pipeline((make("early", Stage.CAPTURED, Stage.CANONICAL), make("late", Stage.FUSED)))
-    full = ptq_pipeline(Recipe.int8(), Reference())
+    full = Pipeline.default(Recipe.int8(), Reference())
     with pytest.raises(ConfigError, match="'convert' needs a graph at stage CALIBRATED"):
         full.without("insert-observers")
 
@@ -126,7 +125,7 @@ def test_calibration_is_counted_on_behind_prepared() -> None:
 
 
 def test_a_pass_for_any_stage_may_stand_anywhere() -> None:
-    full = ptq_pipeline(Recipe.int8(), Reference())
+    full = Pipeline.default(Recipe.int8(), Reference())
     assert names(full.after("fuse-conv-bn", make("mine")))[3] == "mine"
     assert names(full.after("cancel-pairs", make("mine")))[13] == "mine"
 

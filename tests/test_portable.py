@@ -73,7 +73,7 @@ def test_it_follows_copies_and_shares_memory_there_too(quantized: nn.Module, how
 
 
 def test_a_pipeline_that_stops_before_lowering_gives_the_portable_form_itself() -> None:
-    pipeline = qfx.default_pipeline()
+    pipeline = qfx.Pipeline.default()
     for name in ("lower", "reuse-memory"):
         pipeline = pipeline.without(name)
     model = qfx.quantize(_net(), torch.randn(4, 3, 8, 8), pipeline=pipeline, verbose=False)

@@ -369,7 +369,7 @@ class Count:
 
 
 def test_an_edited_pipeline_is_run_with_the_recipe_and_target_of_the_call() -> None:
-    pipeline = qfx.default_pipeline("int8", "auto").before("annotate", Count())
+    pipeline = qfx.Pipeline.default("int8", "auto").before("annotate", Count())
     Count.seen.clear()
     qmodel = small(pipeline=pipeline, recipe="w8a16")
     assert Count.seen == [Stage.FUSED]
@@ -382,7 +382,7 @@ def test_without_a_fusion_the_batch_norm_stays_float() -> None:
     x = torch.randn(8, 3, 8, 8)
     made = [
         qfx.quantize(model, x, pipeline=pipeline, target="reference", verbose=False)
-        for pipeline in (None, qfx.default_pipeline().without("fuse-conv-bn"))
+        for pipeline in (None, qfx.Pipeline.default().without("fuse-conv-bn"))
     ]
     rows = [{row.operator: row for row in qfx.report(m).rows} for m in made]
     assert "batch_norm" not in rows[0] and not rows[1]["batch_norm"].integer
@@ -392,7 +392,7 @@ def test_without_a_fusion_the_batch_norm_stays_float() -> None:
 def test_without_lower_the_portable_form_comes_back() -> None:
     x = torch.randn(32, 8)
     model = Two().eval()
-    passes = tuple(p for p in qfx.default_pipeline() if p.stage[1] < Stage.LOWERED)
+    passes = tuple(p for p in qfx.Pipeline.default() if p.stage[1] < Stage.LOWERED)
     portable = small(model, example_inputs=x, pipeline=qfx.Pipeline(passes))
     assert isinstance(portable, fx.GraphModule)
     assert any(n.target is dequantize for n in portable.graph.nodes)
@@ -564,7 +564,7 @@ FAILURES: dict[str, tuple[type[BaseException], Callable[[], dict[str, Any]]]] = 
     "nan": (qfx.CalibrationError, lambda: {"calibration": [X, X * float("nan")]}),
     "data raise": (StopError, lambda: {"calibration": interrupted(StopError())}),
     "interrupt": (KeyboardInterrupt, lambda: {"calibration": interrupted(KeyboardInterrupt())}),
-    "a pass raises": (qfx.PassError, lambda: {"pipeline": qfx.default_pipeline().before("lower", Fails())}),
+    "a pass raises": (qfx.PassError, lambda: {"pipeline": qfx.Pipeline.default().before("lower", Fails())}),
 }
 
 

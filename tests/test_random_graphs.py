@@ -196,7 +196,7 @@ def stages(model: nn.Module, example: Any, recipe: qfx.Recipe | str = "int8", ta
     from qfx.calling import flat_inputs
     from qfx.capture import capture
 
-    pipeline = qfx.default_pipeline(recipe, target)
+    pipeline = qfx.Pipeline.default(recipe, target)
     before, behind = pipeline.split()
     gm = capture(model, example)
     fused = gm
@@ -222,7 +222,7 @@ def stages(model: nn.Module, example: Any, recipe: qfx.Recipe | str = "int8", ta
 
 def lowered(converted: fx.GraphModule, target: str) -> fx.GraphModule:
     gm = copy.deepcopy(converted)
-    _, behind = qfx.default_pipeline("int8", target).split()
+    _, behind = qfx.Pipeline.default("int8", target).split()
     names = [p.name for p in behind]
     for p in list(behind)[names.index("lower") :]:
         run_pass(p, gm)

@@ -62,7 +62,7 @@ def float_outputs(model: Any, example: Any) -> list[Tensor]:
 def test_every_stage_of_a_model(name: str, recipe: str) -> None:
     model, example = MODELS_SMALL[name]()
     call = as_example(example)
-    before, behind = qfx.default_pipeline(recipe, "reference").split()
+    before, behind = qfx.Pipeline.default(recipe, "reference").split()
     gm = capture(model, example)
     inputs = flat_inputs(gm, call.args, dict(call.kwargs))
     verify(gm, Stage.CAPTURED)
@@ -119,7 +119,7 @@ def test_stages_hold_what_they_promise(name: str, target: str) -> None:
     observers = [m for m in prepared.modules() if isinstance(m, FakeQuantize)]
     assert observers and all(m.scale.numel() and not m.quantizing and not m.observing for m in observers)
 
-    _, behind = qfx.default_pipeline("int8", target).split()
+    _, behind = qfx.Pipeline.default("int8", target).split()
     converted = copy.deepcopy(prepared)
     for p in behind:
         if p.name == "lower":
@@ -139,7 +139,7 @@ def test_stages_hold_what_they_promise(name: str, target: str) -> None:
 
 def test_the_portable_form_holds_integers_and_no_observer() -> None:
     model, example = MODELS_SMALL["resnet20"]()
-    passes = tuple(p for p in qfx.default_pipeline() if p.stage[1] < Stage.LOWERED)
+    passes = tuple(p for p in qfx.Pipeline.default() if p.stage[1] < Stage.LOWERED)
     portable = qfx.quantize(model, example, target="reference", pipeline=qfx.Pipeline(passes), verbose=False)
     assert not any(isinstance(m, FakeQuantize) for m in portable.modules())
     kept = {n for n, _ in portable.named_parameters()}
