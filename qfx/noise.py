@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,17 @@ class Noise:
     outputs: tuple[Any, ...]
 
 
+Seen = Callable[[fx.Node, Tensor, Tensor], None]
+"""Told of a node with its value in the float run and in the fake-quantized run."""
+
+
 class _Lockstep(fx.Interpreter):
     """Runs every node for both values, and forgets them after their last reader: two live sets, no more."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, seen: Seen | None = None) -> None:
         super().__init__(gm, garbage_collect_values=True)
         self.by_node: dict[str, float] = {}
+        self.seen = seen
         self.copy_inputs = any(mutates(n) for n in gm.graph.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -55,13 +60,18 @@ class _Lockstep(fx.Interpreter):
             return _Pair(*(side[0][0] for side in sides))
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         if isinstance(module, FakeQuantize):
-            return _Pair(sides[0][0][0], _rounded(module, sides[1][0][0]))
+            rounded = _Pair(sides[0][0][0], _rounded(module, sides[1][0][0]))
+            if self.seen is not None:
+                self.seen(n, rounded.float_, rounded.quantized)
+            return rounded
         if n.op == "call_function" and is_constant(n):  # one value for both: a second copy of a weight is a lot
             constant = self.call_function(n.target, *sides[0])
             return _Pair(constant, constant)
         result = _Pair(*(getattr(self, n.op)(n.target, *side) for side in sides))
         if isinstance(result.float_, Tensor) and result.float_.is_floating_point():
             self.by_node[n.name] = sqnr_db(result.float_, result.quantized)
+            if self.seen is not None:
+                self.seen(n, result.float_, result.quantized)
         return result
 
 
@@ -79,9 +89,12 @@ def _rounded(module: FakeQuantize, x: Tensor) -> Tensor:
         module.quantizing, module.observing = before
 
 
-def measure(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> Noise:
-    """Noise of a CALIBRATED graph on its flat ``inputs`` (what its placeholders take)."""
-    runner = _Lockstep(gm)
+def measure(gm: fx.GraphModule, inputs: tuple[Any, ...], *, seen: Seen | None = None) -> Noise:
+    """Noise of a CALIBRATED graph on its flat ``inputs`` (what its placeholders take).
+
+    ``seen`` is told of every operator with a floating-point value, and of every rounding, of weights too.
+    """
+    runner = _Lockstep(gm, seen)
     with torch.no_grad():
         pair = runner.run(*inputs, enable_io_processing=False)
     outputs = pair.float_ if isinstance(pair.float_, tuple | list) else (pair.float_,)

@@ -16,7 +16,7 @@ from torch import fx
 
 from qfx.meta import NodeInfo, info, value
 
-_DTYPES = {
+DTYPES = {
     torch.float32: "f32",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
@@ -28,6 +28,7 @@ _DTYPES = {
     torch.int64: "i64",
     torch.bool: "bool",
 }
+"""The words of the text format for dtypes; others print as torch calls them."""
 
 
 def show(gm: fx.GraphModule, *, with_info: bool = True) -> str:
@@ -49,7 +50,7 @@ def show_value(val: Any) -> str:
     """``f32[*, 3, 224, 224]`` of an example value; empty where there is none."""
     if isinstance(val, torch.Tensor):
         sizes = ", ".join("*" if isinstance(s, torch.SymInt) else str(s) for s in val.shape)
-        return f"{_DTYPES.get(val.dtype, str(val.dtype).removeprefix('torch.'))}[{sizes}]"
+        return f"{DTYPES.get(val.dtype, str(val.dtype).removeprefix('torch.'))}[{sizes}]"
     if isinstance(val, tuple | list):
         return f"({', '.join(show_value(v) for v in val)})"
     return "" if val is None else "int" if isinstance(val, torch.SymInt | int) else type(val).__name__
@@ -82,7 +83,7 @@ def _argument(arg: Any) -> str:
         inside = ", ".join(_argument(a) for a in arg)
         return f"[{inside}]" if isinstance(arg, list) else f"({inside})"
     if isinstance(arg, torch.dtype):
-        return _DTYPES.get(arg, str(arg))
+        return DTYPES.get(arg, str(arg))
     return repr(arg)
 
 
