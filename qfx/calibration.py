@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from qfx.digests import MOST, digests_of, rows_of
 from qfx.errors import CalibrationError, CaptureError, QfxWarning
 from qfx.examples import Example, calibration_call
 from qfx.fake_quant import FakeQuantize
@@ -53,8 +55,8 @@ def run(
     data: Iterable[Any],
     example: Example,
     kept: KeptCalls | None = None,
-) -> tuple[int, Any]:
-    """Run ``data`` through ``model`` while its activations are observed; returns samples and the last call.
+) -> tuple[int, Any, tuple[str, ...]]:
+    """Run ``data`` through ``model`` while its activations are observed; returns samples, the last call, and digests.
 
     ``kept`` is told of every item before it is run.
 
@@ -62,25 +64,21 @@ def run(
         CalibrationError: there are no data, or an item does not fit the example.
     """
     graphs = list(graphs)
-    active = list(  # once each, though several nodes may call it
-        dict.fromkeys(m for gm in graphs for n, m in fake_quants(gm) if _sees_batches(n, m))
-    )
+    active = seeing_batches(graphs)
     _looks_like_test_data(data)
     samples, last = 0, None
+    seen: tuple[str, ...] = ()
     writes = model not in graphs or any(mutates(n) for gm in graphs for n in gm.graph.nodes)
-    try:
-        for module in active:
-            module.collect(True)
+    with collecting(active):
         for number, item in enumerate(_with_bar(data)):
             call = calibration_call(item, example, number)
             last = call
             if kept is not None:
                 kept.item = item
+            tensors = [t for t in call.tensors().values() if isinstance(t, Tensor)]
+            seen += digests_of(tensors, MOST - len(seen))
             _observe(model, _copied(call) if writes else call, number)
-            samples += _rows(call)
-    finally:
-        for module in active:
-            module.collect(False)
+            samples += rows_of(tensors)
     if last is None:
         raise CalibrationError(
             "the calibration data are empty",
@@ -89,14 +87,37 @@ def run(
     for module in active:
         module.calculate()
     for gm in graphs:
-        update_graph(gm, stage=Stage.CALIBRATED.name)
-        _warn_outliers(gm)
+        settle(gm)
     if active and any(m.observer is not None for m in active) and samples < ENOUGH_SAMPLES:
         note = f"ranges come from {samples} sample{'s' * (samples != 1)}; {ENOUGH_SAMPLES} or more are usual"
         warnings.warn(CalibrationWarning(f"{note}. Pass calibration= with real inputs."), stacklevel=4)
         for gm in graphs:
             add_notes(gm, "warning", [note])
-    return samples, _copied(last)
+    return samples, _copied(last), seen
+
+
+def seeing_batches(graphs: Iterable[fx.GraphModule]) -> list[FakeQuantize]:
+    """The modules that batches reach, once each, though several nodes may call them."""
+    return list(dict.fromkeys(m for gm in graphs for n, m in fake_quants(gm) if _sees_batches(n, m)))
+
+
+@contextmanager
+def collecting(modules: Iterable[FakeQuantize]) -> Iterator[None]:
+    """Let the modules observe what runs through them meanwhile."""
+    modules = list(modules)
+    try:
+        for module in modules:
+            module.collect(True)
+        yield
+    finally:
+        for module in modules:
+            module.collect(False)
+
+
+def settle(gm: fx.GraphModule) -> None:
+    """Take a graph whose ranges are calculated for calibrated; tell where they clip."""
+    update_graph(gm, stage=Stage.CALIBRATED.name)
+    _warn_outliers(gm)
 
 
 def _sees_batches(node: fx.Node, module: FakeQuantize) -> bool:
@@ -122,11 +143,6 @@ def _observe(model: nn.Module, call: Example, number: int) -> None:
 def _with_bar(data: Iterable[Any]) -> Iterator[Any]:
     """A progress bar that shows itself after two seconds of work."""
     return iter(tqdm(data, desc="calibrate", delay=2.0, leave=False, unit="batch"))
-
-
-def _rows(call: Example) -> int:
-    sizes = [t.shape[0] for t in call.tensors().values() if isinstance(t, Tensor) and t.ndim]
-    return int(sizes[0]) if sizes else 1
 
 
 def _looks_like_test_data(data: Any) -> None:
@@ -163,5 +179,5 @@ def _warn_outliers(gm: fx.GraphModule) -> None:
                 f"{len(found)} layer(s) clip outliers, first {found[0]}. If accuracy suffers, set their observer to "
                 "MinMax or skip them in the recipe."
             ),
-            stacklevel=5,
+            stacklevel=6,
         )
