@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import networkx as nx
@@ -45,7 +46,7 @@ from qfx.operators import (
     name_of,
     tensor_inputs,
 )
-from qfx.origin import module_classes, source_line
+from qfx.origin import calls_before, module_classes, source_line
 from qfx.recipe import QuantRule, Recipe, Subject
 from qfx.spec import PerAxis, QConfig, QuantSpec, SharedSpec, Spec, bias_spec
 from qfx.stage import Stage
@@ -74,12 +75,14 @@ class Annotate:
         plan.settle()
         for node in gm.graph.nodes:
             plan.write(node)
-        update_graph(gm, recipe=str(self.recipe.name), target=self.target.name)
+        update_graph(gm, recipe=str(self.recipe.name), asked=self.recipe, target=self.target.name)
         return sum(info(n).quantized for n in gm.graph.nodes)
 
 
 def subject(node: fx.Node) -> Subject:
-    return Subject(name_of(node) or str(node.target), info(node).origin, module_classes(node))
+    return Subject(
+        name_of(node) or str(node.target), info(node).origin, module_classes(node), partial(calls_before, node)
+    )
 
 
 def written_in_place(gm: fx.GraphModule) -> set[fx.Node]:

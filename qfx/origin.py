@@ -31,6 +31,32 @@ def module_classes(node: fx.Node) -> tuple[str, ...]:
     return tuple(_class_name(entry[1]) for entry in stack.values())
 
 
+def calls_before(node: fx.Node) -> int:
+    """How many calls like the node's, in the module around, come before it in the graph.
+
+    In a module of ``torch.nn`` the call is that of the module, and like it are those of its class; else like it is what
+    has the same target.
+    """
+    own, before = _call(node), dict[object, None]()
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if other.op == "call_function" and _call(other)[0] == own[0]:
+            before[_call(other)[1]] = None
+    return len(before.keys() - {own[1]})
+
+
+def _call(node: fx.Node) -> tuple[tuple[str, object], object]:
+    """What calls are counted together, and what tells one from another."""
+    stack = list((node.meta.get("nn_module_stack") or {}).items())
+    if not stack:
+        return ("", node.target), node
+    key, (path, kind) = stack[-1]
+    if f"{kind}".startswith("torch.nn.") or getattr(kind, "__module__", "").startswith("torch.nn."):
+        return (clean_path(path).rpartition(".")[0], _class_name(kind)), key
+    return (clean_path(path), node.target), node
+
+
 def clean_path(path: str) -> str:
     """A module path as the user writes it: without ``L['self'].``, and without the mark of a second call (``@1``)."""
     return _SECOND_CALL.sub("", _SELF.sub("", path))

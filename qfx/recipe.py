@@ -6,16 +6,18 @@ The first rule that matches a node decides. A rule matches by operator (``op="li
 
 from __future__ import annotations
 
-import difflib
+import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 from torch import nn
 
 from qfx.errors import ConfigError
 from qfx.observers import Histogram, MinMax, Mse
+from qfx.registry import Registry
 from qfx.spec import (
     INT4,
     INT8,
@@ -31,14 +33,20 @@ from qfx.spec import (
 )
 from qfx.training import MOVING, Learned, Ranges
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Subject:
-    """What rules look at: an operator at a place of the user's model."""
+    """What rules look at: an operator at a place of the user's model.
+
+    ``nth()`` counts the calls before it of the same module class, or else of the same operator, in the module around.
+    """
 
     op: str
     layer: str
     modules: tuple[str, ...] = ()
+    nth: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,18 +130,13 @@ class Recipe:
 
     @classmethod
     def preset(cls, name: str) -> Recipe:
-        """The preset of that name: ``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``, ``w4a4_lsq`` and its like.
+        """The recipe of that name: ``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``, ``w4a4_lsq`` and its like, or a
+        plug-in (:func:`register_recipe`).
 
         Raises:
-            ConfigError: there is no such preset; the text lists those there are.
+            ConfigError: there is no such recipe; the text lists those there are.
         """
-        if name not in PRESETS:
-            near = difflib.get_close_matches(str(name), PRESETS, n=1)
-            raise ConfigError(
-                f"there is no recipe {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                hint="choose one of " + ", ".join(PRESETS) + ", or pass a Recipe",
-            )
-        return PRESETS[name]
+        return RECIPES_BY_NAME.find(name)
 
     @classmethod
     def int8(cls) -> Recipe:
@@ -176,6 +179,40 @@ class Recipe:
     def w4a4_lsq(cls) -> Recipe:
         """:meth:`lsq` in 4 bits."""
         return PRESETS["w4a4_lsq"]
+
+    @classmethod
+    def tensorrt(cls) -> Recipe:
+        """Static W8A8 as TensorRT takes it: signed and symmetric throughout, weights per channel."""
+        return PRESETS["tensorrt"]
+
+    @classmethod
+    def openvino(cls) -> Recipe:
+        """Static W8A8 for OpenVINO on any x86 CPU: as :meth:`int8` with 7-bit weights, whose sums do not saturate."""
+        return PRESETS["openvino"]
+
+    @classmethod
+    def xnnpack(cls) -> Recipe:
+        """Static W8A8 as XNNPACK takes it: signed affine activations, signed symmetric weights per channel."""
+        return PRESETS["xnnpack"]
+
+    @classmethod
+    def from_qconfig_mapping(cls, mapping: Any) -> Recipe:
+        """The recipe of a ``QConfigMapping``: qfx.compat's own, one of torch's, or its dict.
+
+        Precedence, from the strongest, is that of torch: a call by its number in a module, a module's path or the
+        nearest around it, the first regular expression, the module's class, the function, the global qconfig. A qconfig
+        of None means float. Dynamic and weight-only qconfigs hold for linear layers. What torch's observers ask for and
+        qfx does without (``reduce_range``, ``eps``, fixed ranges of a sigmoid) is logged.
+
+        Raises:
+            ConfigError: a part of it has no counterpart; the text names it and says what to write instead.
+        """
+        from qfx import qconfig_mapping
+
+        found = qconfig_mapping.translate(mapping)
+        for note in found.notes:
+            log.info(note)
+        return found.recipe
 
     # --- refinement ---------------------------------------------------------------------------------------------
 
@@ -314,7 +351,19 @@ def _reduced(spec: QuantSpec) -> QuantSpec:
 _ACTIVATION8 = QuantSpec(UINT8, Scheme.AFFINE, PerTensor(), Histogram)
 _TOKEN8 = QuantSpec(INT8, Scheme.SYMMETRIC, PerToken(), dynamic=True)
 _WEIGHT8 = QuantSpec(INT8, Scheme.SYMMETRIC, PerAxis(0), MinMax)
+_SIGNED8 = QuantSpec(INT8, Scheme.AFFINE, PerTensor(), Histogram)
 _WEIGHT4 = QuantSpec(INT4, Scheme.SYMMETRIC, PerGroup(128), MinMax)
+
+_NARROW8 = replace(_WEIGHT8, narrow_range=True)
+
+CARRIED = (
+    # Zero points of zero: Histogram chooses a range around it.
+    Recipe("tensorrt", QConfig(replace(_SIGNED8, scheme=Scheme.SYMMETRIC), _NARROW8)),
+    # 255 * 64 * 2 stays within the int16 in which CPUs without VNNI add two products; 8-bit weights would saturate.
+    Recipe("openvino", QConfig(_ACTIVATION8, replace(_WEIGHT8, element=IntType(7, True)))),
+    Recipe("xnnpack", QConfig(_SIGNED8, _NARROW8)),
+)
+"""What other engines accept, for ``qfx.export_onnx`` and ``qfx.export_pt2``; each has its engine's name."""
 
 
 def _learned(weight_bits: int, activation_bits: int) -> QConfig:
@@ -343,4 +392,32 @@ PRESETS: dict[str, Recipe] = {
     "w8a16": _weight_only("w8a16", _WEIGHT8),
     "w4a16": _weight_only("w4a16", _WEIGHT4),
     **{r.name: r for r in (Recipe.lsq(w, a) for w, a in ((8, 8), (4, 8), (4, 4), (3, 3), (2, 2)))},
+    **{r.name: r for r in CARRIED},
 }
+
+
+def _made(plugin: object) -> Recipe:
+    made = plugin() if callable(plugin) else plugin
+    if not isinstance(made, Recipe):
+        given = "returns" if callable(plugin) else "is"
+        raise ConfigError(
+            f"what is to be a recipe {given} a {type(made).__name__}",
+            hint="give a qfx.Recipe, or a function without arguments that returns one",
+        )
+    return made
+
+
+RECIPES_BY_NAME: Registry[Recipe] = Registry("recipe", "qfx.recipes", _made, reserved=("auto",))
+RECIPES_BY_NAME.add_own(PRESETS.values())
+
+R = TypeVar("R", bound=Recipe | Callable[[], Recipe])
+
+
+def register_recipe(recipe: R) -> R:
+    """Let ``recipe``, or what a function without arguments returns, be asked for by its own name; returns the argument.
+
+    Raises:
+        ConfigError: it is no recipe, or its name is taken.
+    """
+    RECIPES_BY_NAME.register(recipe)
+    return recipe
