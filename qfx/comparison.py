@@ -108,7 +108,7 @@ def compare(first: nn.Module, second: nn.Module, inputs: Any) -> Comparison:
             f"{type(first).__name__} and {type(second).__name__} have no value in common",
             hint="compare a model with what qfx made of that same model",
         )
-    return Comparison(*(stage_of(gm).name for gm in sides), rows)
+    return Comparison(stage_of(sides[0]).name, stage_of(sides[1]).name, rows)
 
 
 def _graph(model: nn.Module, inputs: Any) -> fx.GraphModule:
