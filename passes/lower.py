@@ -556,14 +556,18 @@ def _common(node: fx.Node) -> fx.Node | None:
 
 def _behind(node: fx.Node) -> Iterator[fx.Node | None]:
     """Every dequantize behind the movers; None for anything else."""
-    if (back := _integers(node)) is not None:
-        yield back
-    elif name_of(node) in MOVERS:
-        for n in tensor_inputs(node):
-            if isinstance(value(n), Tensor | tuple | list):
-                yield from _behind(n)
-    else:
-        yield None
+    todo, seen = [node], set[fx.Node]()
+    while todo:  # each once: parts of a split come together again, perhaps many times over
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if (back := _integers(current)) is not None:
+            yield back
+        elif name_of(current) in MOVERS:
+            todo += [n for n in reversed(tensor_inputs(current)) if isinstance(value(n), Tensor | tuple | list)]
+        else:
+            yield None
 
 
 def _twin(gm: fx.GraphModule, node: fx.Node, twins: dict[fx.Node, fx.Node | None]) -> fx.Node | None:

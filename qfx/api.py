@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from qfx import agreement, clipping
 from qfx import calibration as calibration_
 from qfx.accuracy_control import Trials, control
-from qfx.auto_recipe import AutoRecipe
+from qfx.auto_recipe import AutoRecipe, as_recipe
 from qfx.batch_statistics import reestimate
 from qfx.bit_allocation import Allocation, allocate_bits
 from qfx.calling import flat_inputs
@@ -30,17 +30,25 @@ from qfx.errors import CalibrationError, ConfigError, QfxWarning
 from qfx.example_values import restore_values
 from qfx.examples import Example, as_example
 from qfx.graph_module import CapturedModule
-from qfx.inference import GradientGuard, freeze, storages
+from qfx.inference import freeze, storages
 from qfx.kept_calls import keeping
+from qfx.lowered import lower_beside
 from qfx.memory import returned_at_once, trim
 from qfx.meta import add_notes, graph_info, info, keep_calls, kept_calls, update_graph
 from qfx.metrics import sqnr_db
 from qfx.modes import evaluating
-from qfx.node_table import Report, build_report, crossings, rows_before, tensor_bytes
+from qfx.node_table import (
+    Report,
+    before_lowering,
+    build_report,
+    keep_report,
+    kept_report,
+    rows_before,
+    tensor_bytes,
+)
 from qfx.noise import measure
-from qfx.passes import ptq_pipeline, qat_pipeline
 from qfx.pipeline import Pipeline, run_pass
-from qfx.portable import put_beside, twin_of
+from qfx.portable import portable
 from qfx.recipe import Recipe
 from qfx.regions import Regions, capture_regions
 from qfx.roundings import fake_quants
@@ -48,12 +56,12 @@ from qfx.samples import few_rows
 from qfx.score_cache import content_of
 from qfx.shadow import undisturbed
 from qfx.stage import Stage, stage_of
-from qfx.targets import Leaf, Target, choose
+from qfx.targets import Target, choose
 from qfx.trained_fake_quant import TrainedFakeQuantize
 
 log = logging.getLogger(__name__)
 
-_PLAN, _REPORT = "_qfx_plan", "_qfx_report"
+_PLAN = "_qfx_plan"
 _ROWS = 4  # of the inputs that noise is measured on
 
 
@@ -76,6 +84,7 @@ class _Plan:
     nodes_before: int
     float_parts: tuple[str, ...] = ()
     last_call: Example | None = None
+    calibration: tuple[str, ...] = ()
     mode: str = "ptq"
     fingerprints: tuple[float, ...] = ()
     placement: tuple[torch.device, torch.dtype] | None = None
@@ -102,10 +111,10 @@ def quantize(
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         calibration: any iterable of such inputs, a DataLoader with labels too. Without it the example is used, and a
             warning says so.
-        recipe: a preset's name (``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``), a :class:`qfx.Recipe`, or for bit
-            widths by sensitivity ``auto`` or a :class:`qfx.AutoRecipe`.
-        target: ``auto`` (the fastest that this machine can run), ``x86``, ``reference``, or a target.
-        pipeline: the passes to run, see :func:`default_pipeline`; it takes ``recipe`` and ``target`` from this call.
+        recipe: a preset's name (``int8``, ``int8_dynamic``, ``w8a16``, ``w4a16``) or a plug-in's, a
+            :class:`qfx.Recipe`, or for bit widths by sensitivity ``auto`` or a :class:`qfx.AutoRecipe`.
+        target: ``auto`` (the fastest that this machine can run), ``x86``, ``reference``, a plug-in's name, or a target.
+        pipeline: the passes to run, see :meth:`qfx.Pipeline.default`; it takes ``recipe`` and ``target`` from here.
         dynamic_shapes: as for ``torch.export.export``, for more than batch and token dimensions.
         inplace: give up the float weights layer by layer, for models that fit only once; afterwards the parameters of
             ``model`` are empty (on the meta device).
@@ -198,16 +207,6 @@ def clipped_weights(prepared: nn.Module) -> dict[str, float]:
     }
 
 
-def default_pipeline(
-    recipe: str | Recipe | AutoRecipe = "int8", target: str | Target = "auto", *, mode: str = "ptq"
-) -> Pipeline:
-    """The passes that ``quantize`` runs (``mode="qat"``: ``quantize_qat``).
-
-    They are edited with ``before``, ``after``, ``without`` and ``replace``.
-    """
-    return _PIPELINES[mode](as_recipe(recipe), choose(target))
-
-
 def prepare(
     model: nn.Module,
     example_inputs: Any,
@@ -230,10 +229,9 @@ def prepare(
     Raises:
         CaptureError, ConfigError, UnsupportedError: see :mod:`qfx.errors`; the model is unharmed.
     """
-    if mode not in _PIPELINES:
-        raise ConfigError(f"there is no mode {mode!r}", hint="choose one of " + ", ".join(_PIPELINES))
     chosen_recipe, chosen_target = as_recipe(recipe), choose(target, _device(model))
-    passes = _PIPELINES[mode](chosen_recipe, chosen_target) if pipeline is None else pipeline
+    default = Pipeline.default(chosen_recipe, chosen_target, mode=mode)  # which refuses what does not fit
+    passes = default if pipeline is None else pipeline
     auto = chosen_recipe if isinstance(chosen_recipe, AutoRecipe) else None
     passes = _bound(passes, chosen_recipe, chosen_target)
     example = as_example(example_inputs)
@@ -274,12 +272,12 @@ def calibrate(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
             calibration_.observe_weights(gm)
         trim()
         with keeping(parts, plan.kept_rows) as kept:
-            _, last = calibration_.run(prepared, all_graphs, data, plan.example, kept)
+            _, last, seen = calibration_.run(prepared, all_graphs, data, plan.example, kept)
     for path, gm in parts.items():
         keep_calls(gm, tuple(kept.calls.get(path, ())))
         update_graph(gm, sensitivity=None, allocation=None)
     trim()
-    setattr(prepared, _PLAN, dataclasses.replace(plan, last_call=last))
+    setattr(prepared, _PLAN, dataclasses.replace(plan, last_call=last, calibration=seen))
     return prepared
 
 
@@ -312,8 +310,8 @@ def report(qmodel: nn.Module) -> Report:
     Raises:
         ConfigError: it is no such model.
     """
-    found = getattr(qmodel, _REPORT, None)
-    if not isinstance(found, Report):
+    found = kept_report(qmodel)
+    if found is None:
         raise ConfigError(
             f"{type(qmodel).__name__} is no model that qfx quantized", hint="pass what qfx.quantize returned"
         )
@@ -330,9 +328,6 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
-
-
-_PIPELINES = {"ptq": ptq_pipeline, "qat": qat_pipeline}
 
 
 def _fingerprints(model: nn.Module) -> tuple[float, ...]:
@@ -381,14 +376,6 @@ def _float_parts(regions: Regions) -> tuple[str, ...]:
     return (regions.stopped_by, *(f"{path}: {reason}" for path, reason in regions.skipped.items()))
 
 
-def as_recipe(recipe: str | Recipe | AutoRecipe) -> Recipe | AutoRecipe:
-    if isinstance(recipe, Recipe | AutoRecipe):
-        return recipe
-    if not isinstance(recipe, str):
-        raise ConfigError(f"recipe is a {type(recipe).__name__}", hint="give a preset's name or a qfx.Recipe")
-    return AutoRecipe() if recipe == "auto" else Recipe.preset(recipe)
-
-
 def keep_rows(prepared: nn.Module, rows: int) -> None:
     """Let calibration keep the first rows of its data, for what is measured on them."""
     setattr(prepared, _PLAN, dataclasses.replace(_plan(prepared), kept_rows=rows))
@@ -413,14 +400,14 @@ def _bound(pipeline: Pipeline, recipe: Recipe | AutoRecipe, target: Target) -> P
     """The pipeline with every pass that takes a recipe or a target given those of this call."""
     if not isinstance(pipeline, Pipeline):
         raise ConfigError(
-            f"pipeline is a {type(pipeline).__name__}", hint="edit qfx.default_pipeline() and pass the result"
+            f"pipeline is a {type(pipeline).__name__}", hint="edit qfx.Pipeline.default() and pass the result"
         )
     auto = isinstance(recipe, AutoRecipe)
     if auto != any(p.name == "allocate-bits" for p in pipeline):
         raise ConfigError(
             "the pipeline and the recipe do not fit: "
             + ("nothing in it finds bit widths" if auto else "it finds bit widths, the recipe gives them"),
-            hint="start from qfx.default_pipeline(recipe) with the recipe of this call",
+            hint="start from qfx.Pipeline.default(recipe) with the recipe of this call",
         )
     given = {"target": target, **({"auto": recipe, "recipe": recipe.base} if auto else {"recipe": recipe})}  # type: ignore[union-attr]
 
@@ -441,7 +428,7 @@ def _why_slow(target: Target) -> str | None:
 def _plan(prepared: nn.Module) -> _Plan:
     plan = getattr(prepared, _PLAN, None)
     if not isinstance(plan, _Plan):
-        done = getattr(prepared, _REPORT, None) is not None
+        done = kept_report(prepared) is not None
         raise ConfigError(
             f"{type(prepared).__name__} is " + ("quantized already" if done else "no model that qfx.prepare returned"),
             hint="call qfx.prepare(model, example_inputs) first",
@@ -478,7 +465,7 @@ def _convert(prepared: nn.Module, *, foreign: frozenset[int], verbose: bool, che
         keep_calls(gm, ())
     delattr(prepared, _PLAN)
     whole = _joined(reports, plan, prepared)
-    setattr(prepared, _REPORT, whole)
+    keep_report(prepared, whole)
     if verbose:
         print(whole)
     return prepared
@@ -584,8 +571,7 @@ def _convert_graph(
     hook = None if foreign else lambda *_: trim()  # give back layer by layer what nobody shares
     convert_, lower_ = behind.split(Stage.CONVERTED)
     convert_.run(gm, hook=hook)
-    twin = twin_of(gm, without=_PLAN) if lower_ and isinstance(gm, CapturedModule) else None
-    lower_.run(gm, hook=hook)
+    lower_beside(gm, lower_, plan.model, foreign=foreign, without=_PLAN, hook=hook)
     made = build_report(
         plan.model,
         rows,
@@ -595,26 +581,18 @@ def _convert_graph(
         share_groups=groups,
         weight_bytes_before=plan.weight_bytes,
     )
-    freeze(nn.ModuleList([gm] if twin is None else [gm, twin]), foreign)  # before the first run packs what it finds
-    if twin is not None:
-        put_beside(gm, twin)
     if settled is not None:
         trained = agreement.settled_agreement(live, settled) if live is not None else ()
         found = (*trained, *agreement.lowered_agreement(settled, gm, inputs))
         agreement.require(found)
         made = dataclasses.replace(made, agreement=found)
-    if not _weight_only(gm):
-        gm.register_forward_pre_hook(GradientGuard(plan.model), with_kwargs=True)
     with torch.no_grad():
         outputs = fx.Interpreter(gm).run(*inputs, enable_io_processing=False)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
-    return dataclasses.replace(made, output_sqnr_db=_worst(noise.outputs, outputs))
-
-
-def _weight_only(gm: fx.GraphModule) -> bool:
-    """True where no activation becomes an integer: gradients pass."""
-    leaves = [m for m in gm.modules() if isinstance(m, Leaf)]
-    return all(leaf.weight_only for leaf in leaves) and not crossings(gm)
+    made = dataclasses.replace(made, output_sqnr_db=_worst(noise.outputs, outputs), calibration=plan.calibration)
+    if lower_ and isinstance(gm, CapturedModule):
+        keep_report(portable(gm), before_lowering(made, rows, noise.by_node))
+    return made
 
 
 def _worst(reference: Iterable[Any], actual: Iterable[Any]) -> float | None:

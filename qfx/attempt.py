@@ -79,7 +79,9 @@ def attempt(subject: Subject, freedom: Freedom, sizes: Sizes) -> CapturedModule:
     grown = [i for i in fixed if subject.tensors[i].shape[0] != sizes.traced[i].shape[0]]
     if grown:
         raise FixedBatchError(f"the model's code makes the batch size a constant{where_fixed(gm, grown[0], 0)}")
-    binder = CallBinder(subject.name, subject.parameters, subject.structure, specs, _limits(program), subject.path)
+    binder = CallBinder(
+        subject.name, subject.parameters, subject.structure, specs, _limits(program), subject.path, _examples(gm)
+    )
     gm.graph.set_codegen(CallCodeGen(binder, results[-1]))
     gm.recompile()
     update_graph(gm, stage="CAPTURED")
@@ -164,6 +166,13 @@ def _size(size: int | torch.SymInt) -> int | str:
     if isinstance(size, int):
         return size
     return int(size.node.expr) if size.node.expr.is_Integer else str(size.node.expr)
+
+
+def _examples(gm: fx.GraphModule) -> dict[str, int]:
+    """The size of each symbol in the example."""
+    sizes = [size for n in gm.graph.nodes if n.op == "placeholder" for size in value(n).shape]
+    free = [size for size in sizes if isinstance(_size(size), str)]
+    return {str(size.node.expr): int(size.node.hint) for size in free}
 
 
 def _limits(program: ExportedProgram) -> dict[str, int]:

@@ -155,7 +155,8 @@ class CallBinder:
     """A call by the user's signature → flat tensors in the order of the graph's placeholders.
 
     ``structure`` is that of all bound parameters, a dict by name; ``tensors`` says what each leaf must be, ``limits``
-    the greatest size of a symbol that has one, ``where`` the place of a child in the user's model.
+    the greatest size of a symbol that has one, ``where`` the place of a child in the user's model, ``examples`` the
+    size of every symbol in the example.
     """
 
     model: str
@@ -164,6 +165,7 @@ class CallBinder:
     tensors: tuple[TensorSpec, ...]
     limits: Mapping[str, int] = field(default_factory=dict)
     where: str = ""
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The tensors of the call in the order of the graph's placeholders.
@@ -202,7 +204,7 @@ class CallBinder:
                 raise self._refuse(at, f"{_shown(structure.value)}, which is part of the captured graph", _shown(given))
         else:
             kind = kind_of(given)
-            if kind is None or _FAMILY[kind] != _FAMILY[structure.kind]:
+            if kind is None or FAMILY[kind] != FAMILY[structure.kind]:
                 raise self._refuse(at, f"a {structure.kind} of {len(structure.keys)}", _shown(given))
             keys, values, _ = parts(given, kind)
             if len(keys) != len(structure.keys) or any(k not in keys for k in structure.keys):
@@ -238,7 +240,7 @@ class CallBinder:
         )
 
 
-_FAMILY = {
+FAMILY = {
     "tuple": "sequence",
     "list": "sequence",
     "namedtuple": "sequence",

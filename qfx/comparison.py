@@ -63,11 +63,12 @@ class Comparison:
 
     def __str__(self) -> str:
         header = ["operator", "layer", "shape", f"SQNR dB, {self.second} against {self.first}"]
-        lines = [
-            (row.operator, row.layer, str(list(row.shape)), "exact" if row.sqnr_db == math.inf else f"{row.sqnr_db:.1f}")
-            for row in self.rows
-        ]
+        lines = [(row.operator, row.layer, str(list(row.shape)), _words(row.sqnr_db)) for row in self.rows]
         return str(tabulate(lines, header, disable_numparse=True, colalign=("left", "left", "left", "right")))
+
+
+def _words(sqnr: float) -> str:
+    return "exact" if sqnr == math.inf else f"{sqnr:.1f}"
 
 
 def compare(first: nn.Module, second: nn.Module, inputs: Any) -> Comparison:

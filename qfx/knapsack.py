@@ -17,12 +17,15 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array, vstack
 
 from qfx.errors import QfxError, QfxWarning
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Choice = tuple[int, ...]
 """The index of an option for every group."""
@@ -162,12 +165,15 @@ class _Programme:
     @property
     def _one(self) -> csr_array:
         """The rows that sum the x of each group."""
+        from scipy.sparse import csr_array
+
         n = len(self.groups)
         return csr_array((np.ones(n), (self.groups, np.arange(n))), shape=(self.count, n))
 
     def solve(self, bounded: Sequence[Bounded]) -> Choice | None:
         """As :meth:`best`, by the whole programme."""
         from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array, vstack
 
         rooms = self.rooms.copy()
         cuts: list[csr_array] = []

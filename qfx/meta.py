@@ -18,6 +18,7 @@ from qfx.training import Mark
 
 if TYPE_CHECKING:
     from qfx.bit_allocation import Allocation
+    from qfx.recipe import Recipe
     from qfx.sensitivity_table import Sensitivity
 
 _KEY, _CALLS = "qfx", "qfx_calls"
@@ -60,12 +61,14 @@ NODE_INFO_FIELDS = frozenset(f.name for f in fields(NodeInfo))
 class GraphInfo:
     """What is known of a graph: how far it is compiled, and what is to be told about it.
 
-    ``stage`` is a :class:`qfx.stage.Stage`'s name. ``notes``: ``(topic, text)`` pairs for the report, such as near
-    misses of a fusion or what capture had to give up. ``sensitivity`` and ``allocation``: what bit-width search found.
+    ``stage`` is a :class:`qfx.stage.Stage`'s name. ``recipe`` is a name, ``asked`` all of it. ``notes``: ``(topic,
+    text)`` pairs for the report, such as near misses of a fusion or what capture had to give up. ``sensitivity`` and
+    ``allocation``: what bit-width search found.
     """
 
     stage: str = ""
     recipe: str = ""
+    asked: Recipe | None = None
     target: str = ""
     notes: tuple[tuple[str, str], ...] = ()
     sensitivity: Sensitivity | None = None

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from html import escape
 
 import networkx as nx
 from tabulate import tabulate
@@ -53,7 +54,8 @@ class Report:
     ``weight_bytes``: of all parameters and buffers, tied storage once. ``integer_macs`` leaves out products of two
     activations (attention), which have no weights; ``product_macs`` counts those. ``agreement``: layer by layer, how
     far the integers are from the prepared model's, where ``convert`` was asked to check. ``allocation``: the bits that
-    an AutoRecipe found, and the scores that it found them by.
+    an AutoRecipe found, and the scores that it found them by. ``calibration``: digests of the first samples that the
+    model was calibrated on (:mod:`qfx.digests`), by which ``qfx.check`` knows them again.
     """
 
     model: str
@@ -72,6 +74,7 @@ class Report:
     float_parts: tuple[str, ...] = field(default=())
     agreement: tuple[LayerAgreement, ...] = ()
     allocation: Allocation | None = None
+    calibration: tuple[str, ...] = ()
 
     @property
     def integer_macs(self) -> float:
@@ -131,16 +134,32 @@ class Report:
 
     def table(self) -> str:
         """The before/after node table alone."""
+        cells, header = self._lines()
+        return str(tabulate(cells, header, tablefmt="simple", disable_numparse=True))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table and its summary; names of the user's are escaped."""
+        cells, header = self._lines()
+        table = tabulate(cells, header, tablefmt="html", disable_numparse=True)
+        summary = tabulate(self._summary().items(), tablefmt="html", disable_numparse=True)
+        remarks = "".join(f"<br>{escape(line)}" for line in self.remarks().splitlines())
+        return f"{table}\n{summary}\n<p>{remarks.removeprefix('<br>')}</p>"
+
+    def _lines(self) -> tuple[list[list[str]], list[str]]:
+        """The cells of the table, and its header."""
         header = ["operator", "layer", "shape", "before → after", "w", "a", "kernel", "SQNR dB", "reason"]
         cells = [_cells(row) for row in self.rows]
         if self.allocation is not None:
             header.insert(6, self.allocation.sensitivity.score)
             for row, line in zip(self.rows, cells, strict=True):
                 line.insert(6, "" if row.sensitivity is None else f"{row.sensitivity:.2g}")
-        return str(tabulate(cells, header, tablefmt="simple", disable_numparse=True))
+        return cells, header
 
     def summary(self) -> str:
         """The lines below the table."""
+        return str(tabulate(self._summary().items(), tablefmt="plain"))
+
+    def _summary(self) -> dict[str, str]:
         lines = {
             "recipe, target": f"{self.recipe}, {self.target}",
             "nodes": f"{self.nodes_before} → {self.nodes_after}, "
@@ -162,7 +181,7 @@ class Report:
         if self.agreement:
             worst = max(layer.lsb or 0 for layer in self.agreement)
             lines["agrees with the prepared model"] = f"within {worst} LSB, {len(self.agreement)} comparisons"
-        return str(tabulate(lines.items(), tablefmt="plain"))
+        return lines
 
     def remarks(self) -> str:
         """Notes by topic, each topic cut to its first few lines."""
@@ -340,3 +359,23 @@ def build_report(
         notes=known.notes,
         allocation=known.allocation,
     )
+
+
+# --- beside the model -------------------------------------------------------------------------------------------------
+
+_KEY = "_qfx_report"
+
+
+def keep_report(model: nn.Module, report: Report) -> None:
+    model.__dict__[_KEY] = report
+
+
+def kept_report(model: nn.Module) -> Report | None:
+    """What :func:`keep_report` kept; None where nothing was."""
+    found = getattr(model, "__dict__", {}).get(_KEY)
+    return found if isinstance(found, Report) else None
+
+
+def before_lowering(made: Report, rows: tuple[NodeRow, ...], sqnr: Mapping[str, float]) -> Report:
+    """What of the report ``made`` is true on every machine: of the rows before, what was found of their noise."""
+    return replace(made, target="", rows=tuple(replace(row, sqnr_db=sqnr.get(row.name)) for row in rows))

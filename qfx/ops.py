@@ -42,11 +42,6 @@ for _schema in _SCHEMAS:
 # --- storage of narrow integers: without gaps, lowest bits first, along the last axis --------------------------------
 
 
-def storage_bits(bits: int) -> int:
-    """Bits that one element takes in storage."""
-    return bits
-
-
 def pack(q: Tensor, bits: int) -> Tensor:
     """Pack int8 or uint8 integers of ``bits`` along the last axis into uint8, ``[..., ceil(K * bits / 8)]``.
 
@@ -56,7 +51,8 @@ def pack(q: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return q
     size = -(-q.shape[-1] * bits // 8)
-    fields = torch.nn.functional.pad(q.view(torch.uint8) & ((1 << bits) - 1), (0, -q.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    low = q.view(torch.uint8) & ((1 << bits) - 1)
+    fields = torch.nn.functional.pad(low, (0, -q.shape[-1] % 8)).unflatten(-1, (-1, 8))
     eights = sum(fields[..., i].long() << bits * i for i in range(8))
     assert isinstance(eights, Tensor)
     stored = torch.stack([(eights >> 8 * i).to(torch.uint8) for i in range(bits)], -1)

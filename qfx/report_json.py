@@ -7,24 +7,24 @@ from typing import Any
 
 from qfx.agreement import LayerAgreement
 from qfx.errors import ArtifactError
-from qfx.json_values import decode, encode, listed, typed
+from qfx.json_values import Keys, decode, encode, listed, typed
 from qfx.node_table import NodeRow, Report
 
 _OPTIONAL = (int, float, dict, type(None))
-_ROW: dict[str, tuple[type, ...]] = {
+_ROW: Keys = {
     **dict.fromkeys(("name", "operator", "layer", "shape", "after", "kernel", "reason"), (str,)),
     **dict.fromkeys(("weight_bits", "activation_bits"), (int, type(None))),
     **dict.fromkeys(("sqnr_db", "sensitivity"), _OPTIONAL),
     "macs": (int,),
     **dict.fromkeys(("product", "integer"), (bool,)),
 }
-_LAYER: dict[str, tuple[type, ...]] = {
+_LAYER: Keys = {
     **dict.fromkeys(("node", "layer"), (str,)),
     "lsb": (int, type(None)),
     "relative": _OPTIONAL,
     "allowed": (int, float),
 }
-_REPORT: dict[str, tuple[type, ...]] = {
+_REPORT: Keys = {
     **dict.fromkeys(("model", "recipe"), (str,)),
     **dict.fromkeys(("nodes_before", "share_groups", "weight_bytes_before"), (int,)),
     "output_sqnr_db": _OPTIONAL,
@@ -70,11 +70,11 @@ def read_report(value: Any) -> Report:
     )
 
 
-def _write_columns(items: Any, columns: dict[str, tuple[type, ...]]) -> dict[str, list[Any]]:
+def _write_columns(items: Any, columns: Keys) -> dict[str, list[Any]]:
     return {name: [encode(getattr(item, name)) for item in items] for name in columns}
 
 
-def _read_columns(value: Any, what: str, columns: dict[str, tuple[type, ...]]) -> list[dict[str, Any]]:
+def _read_columns(value: Any, what: str, columns: Keys) -> list[dict[str, Any]]:
     table = typed(value, what, dict)
     if table.keys() != columns.keys():
         raise ArtifactError(f"{what} have other columns than they should")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_leaves
 
 from qfx.attributes import get_tensor, set_buffer
 from qfx.meta import describe, set_value, value
@@ -37,7 +40,10 @@ def insert_call(gm: fx.GraphModule, target: Any, *args: Any, like: fx.Node, name
 
 
 def propagate(target: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any:
-    """``target(*args, **kwargs)`` on the nodes' example values, or None where one has none."""
+    """``target(*args, **kwargs)`` on the nodes' example values, or None where one has none.
+
+    These are fake tensors, or, in a graph that was loaded, tensors on the meta device.
+    """
     values: list[Any] = []
 
     def example(n: fx.Node) -> Any:
@@ -46,10 +52,15 @@ def propagate(target: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any
 
     examples, named = fx.map_arg(args, example), fx.map_arg(dict(kwargs), example)
     mode = detect_fake_mode(values)
-    if mode is None or any(v is None for v in values):
+    if any(v is None for v in values) or (mode is None and not _without_data(values)):
         return None
-    with mode, torch.no_grad():
+    with mode or nullcontext(), torch.no_grad():
         return target(*examples, **named)
+
+
+def _without_data(values: Iterable[Any]) -> bool:
+    tensors = [v for v in tree_leaves(values) if isinstance(v, Tensor)]
+    return bool(tensors) and all(t.is_meta for t in tensors)
 
 
 def _fake(tensor: Tensor, like: fx.Node) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -47,6 +49,13 @@ class ClassRef:
         self.cls: type | None = cls
         self.name = f"{cls.__module__}:{cls.__qualname__}"
 
+    @classmethod
+    def named(cls, name: str, found: type | None) -> ClassRef:
+        """The class ``found`` of what a file calls ``name``; None: there is none here."""
+        ref = cls.__new__(cls)
+        ref.name, ref.cls = name, found
+        return ref
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ClassRef:
         return self
 
@@ -76,6 +85,58 @@ def _find_class(name: str) -> type | None:
         warnings.warn(f"{name} cannot be imported: a dict or tuple takes its place", ClassMissingWarning, stacklevel=2)
         return None
     return found if isinstance(found, type) else None
+
+
+def find_imported(name: str, kind: str, keys: Sequence[Any], by_init: Sequence[str]) -> type | None:
+    """The class that a stranger's file calls ``name``, where its module is imported and building one runs no code.
+
+    That is: Python's own containers, named tuples, dataclasses that do nothing when they are made, and dictionaries
+    that are dataclasses, such as the outputs of Hugging Face; each with fields that fit ``keys``. For others, what
+    :func:`rebuild` makes of None takes their place. Nothing is imported, and no attribute is computed.
+    """
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = vars(found).get(part) if hasattr(found, "__dict__") else None
+    fits = isinstance(found, type) and _FITS[kind](found, tuple(keys), tuple(by_init))
+    if not fits and found is None and kind not in _OWN:
+        warnings.warn(f"{name} is not imported: a dict or tuple takes its place", ClassMissingWarning, stacklevel=2)
+    return found if fits else _OWN.get(kind)
+
+
+_OWN: dict[str, type] = {"tuple": tuple, "list": list, "dict": dict}
+
+
+def _is_record(cls: type, keys: tuple[Any, ...], _: tuple[str, ...]) -> bool:
+    if not (issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls)):
+        return False
+    known = dataclasses.fields(cls)
+    absent = (dataclasses.MISSING, dataclasses.MISSING)
+    needed = {f.name for f in known if (f.default, f.default_factory) == absent}
+    return needed <= set(keys) <= {f.name for f in known}
+
+
+def _is_plain_dataclass(cls: type, keys: tuple[Any, ...], by_init: tuple[str, ...]) -> bool:
+    if not dataclasses.is_dataclass(cls) or hasattr(cls, "__post_init__") or "__new__" in vars(cls):
+        return False
+    known = dataclasses.fields(cls)
+    own = "__init__" in vars(cls) and vars(cls)["__dataclass_params__"].init
+    return own and keys == tuple(f.name for f in known) and by_init == tuple(f.name for f in known if f.init)
+
+
+_FITS: dict[str, Callable[[type, tuple[Any, ...], tuple[str, ...]], bool]] = {
+    "tuple": lambda cls, keys, _: (
+        cls in (tuple, torch.Size)
+        or (cls.__module__ == "torch.return_types" and getattr(cls, "n_fields", None) == len(keys))
+    ),
+    "list": lambda cls, *_: cls is list,
+    "dict": lambda cls, *_: cls is dict,
+    "mapping": lambda cls, *_: cls is OrderedDict,
+    "namedtuple": lambda cls, keys, _: cls.__bases__ == (tuple,) and len(getattr(cls, "_fields", ())) == len(keys),
+    "record": _is_record,
+    "dataclass": _is_plain_dataclass,
+    "registered": lambda *_: False,
+}
 
 
 @dataclass(frozen=True)

@@ -311,7 +311,8 @@ def test_the_layout_of_packed_bytes() -> None:
     assert ops.pack(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist() == [0x21, 0x03]
     assert ops.pack(torch.tensor([-1, 1, 0, -2, 1], dtype=torch.int8), 2).tolist() == [0b10_00_01_11, 0b01]
     assert ops.pack(torch.tensor([-4, 3], dtype=torch.int8), 3).tolist() == [0b00_011_100]
-    assert ops.pack(torch.tensor([1, 2, 3, 4], dtype=torch.uint8), 6).tolist() == [0b10_000001, 0b0011_0000, 0b000100_00]
+    six = ops.pack(torch.tensor([1, 2, 3, 4], dtype=torch.uint8), 6)
+    assert six.tolist() == [0b10_000001, 0b0011_0000, 0b000100_00]
 
 
 def test_packing_takes_views() -> None:
