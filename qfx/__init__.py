@@ -4,21 +4,26 @@
 ``qfx.report(qmodel)`` says of every node what became of it, and why.
 """
 
+from qfx import passes  # noqa: F401  what Pipeline.default gives
 from qfx.api import (
     calibrate,
     clipped_weights,
     convert,
-    default_pipeline,
     prepare,
     quantize,
     quantize_qat,
     reestimate_batch_norm,
     report,
 )
+from qfx.artifact import load, save
 from qfx.auto_recipe import AutoRecipe
 from qfx.bit_allocation import Allocation
 from qfx.bit_search import allocate, pareto, sensitivity
+from qfx.comparison import Comparison, compare
 from qfx.distillation import distillation_loss
+from qfx.doctor import Diagnosis, check
+from qfx.dumping import dump
+from qfx.dynamo import backend
 from qfx.errors import (
     ArtifactError,
     CalibrationError,
@@ -33,12 +38,15 @@ from qfx.errors import (
     VerifyError,
 )
 from qfx.node_table import Report
-from qfx.pipeline import Pipeline
-from qfx.recipe import QuantRule, Recipe
+from qfx.onnx_export import export_onnx
+from qfx.pipeline import Pipeline, register_pass
+from qfx.pt2_export import export_pt2
+from qfx.recipe import QuantRule, Recipe, register_recipe
 from qfx.schedule import Schedule
 from qfx.sensitivity_table import Sensitivity
 from qfx.spec import IntType, PerAxis, PerGroup, PerTensor, PerToken, QConfig, QuantSpec, Scheme
 from qfx.stage import Stage
+from qfx.targets import register_target
 from qfx.training import Estimator, Fixed, Learned, Moving
 
 __version__ = "0.1.0"
@@ -49,7 +57,9 @@ __all__ = [
     "AutoRecipe",
     "CalibrationError",
     "CaptureError",
+    "Comparison",
     "ConfigError",
+    "Diagnosis",
     "Estimator",
     "Fixed",
     "IntType",
@@ -77,16 +87,26 @@ __all__ = [
     "UnsupportedError",
     "VerifyError",
     "allocate",
+    "backend",
     "calibrate",
+    "check",
     "clipped_weights",
+    "compare",
     "convert",
-    "default_pipeline",
     "distillation_loss",
+    "dump",
+    "export_onnx",
+    "export_pt2",
+    "load",
     "pareto",
     "prepare",
     "quantize",
     "quantize_qat",
     "reestimate_batch_norm",
+    "register_pass",
+    "register_recipe",
+    "register_target",
     "report",
+    "save",
     "sensitivity",
 ]

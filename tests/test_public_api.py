@@ -14,7 +14,9 @@ NAMES = [
     "AutoRecipe",
     "CalibrationError",
     "CaptureError",
+    "Comparison",
     "ConfigError",
+    "Diagnosis",
     "Estimator",
     "Fixed",
     "IntType",
@@ -42,21 +44,37 @@ NAMES = [
     "UnsupportedError",
     "VerifyError",
     "allocate",
+    "backend",
     "calibrate",
+    "check",
     "clipped_weights",
+    "compare",
     "convert",
-    "default_pipeline",
     "distillation_loss",
+    "dump",
+    "export_onnx",
+    "export_pt2",
+    "load",
     "pareto",
     "prepare",
     "quantize",
     "quantize_qat",
     "reestimate_batch_norm",
+    "register_pass",
+    "register_recipe",
+    "register_target",
     "report",
+    "save",
     "sensitivity",
 ]
 
 SIGNATURES = {
+    "check": "(qmodel: 'nn.Module', data: 'Iterable[Any]', *, limit: 'int | None' = None) -> "
+    "'Diagnosis'",
+    "compare": "(first: 'nn.Module', second: 'nn.Module', inputs: 'Any') -> 'Comparison'",
+    "export_onnx": "(qmodel: 'nn.Module', path: 'str | os.PathLike[str]', *, consumer: 'str | None' = None, "
+    "opset: 'int' = 21) -> 'None'",
+    "export_pt2": "(qmodel: 'nn.Module', path: 'str | os.PathLike[str] | None' = None) -> 'ExportedProgram'",
     "quantize": "(model: 'nn.Module', example_inputs: 'Any', *, calibration: 'Iterable[Any] | None' = "
     "None, recipe: 'str | Recipe | AutoRecipe' = 'int8', target: 'str | Target' = 'auto', "
     "pipeline: 'Pipeline | None' = None, dynamic_shapes: 'Any' = None, inplace: 'bool' = "
@@ -75,7 +93,7 @@ SIGNATURES = {
     "convert": "(prepared: 'nn.Module', *, check: 'bool | None' = None, verbose: 'bool' = False) -> "
     "'nn.Module'",
     "report": "(qmodel: 'nn.Module') -> 'Report'",
-    "default_pipeline": "(recipe: 'str | Recipe | AutoRecipe' = 'int8', target: 'str | Target' = 'auto', *, mode:"
+    "Pipeline.default": "(recipe: 'str | Recipe | AutoRecipe' = 'int8', target: 'str | Target' = 'auto', *, mode:"
     " 'str' = 'ptq') -> 'Pipeline'",
     "Recipe.preset": "(name: 'str') -> 'Recipe'",
     "Recipe.int8": "() -> 'Recipe'",
@@ -88,9 +106,9 @@ SIGNATURES = {
     "Recipe.set": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, module:"
     " 'str | None' = None, weight: 'Part' = KEEP, activation: 'Part' = KEEP, why: 'str' = '')"
     " -> 'Recipe'",
-    "Pipeline.before": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
-    "Pipeline.after": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
-    "Pipeline.replace": "(self, name: 'str', new: 'Pass') -> 'Pipeline'",
+    "Pipeline.before": "(self, name: 'str', new: 'PassLike') -> 'Pipeline'",
+    "Pipeline.after": "(self, name: 'str', new: 'PassLike') -> 'Pipeline'",
+    "Pipeline.replace": "(self, name: 'str', new: 'PassLike') -> 'Pipeline'",
     "Pipeline.without": "(self, name: 'str') -> 'Pipeline'",
     "Report.table": "(self) -> 'str'",
     "Report.summary": "(self) -> 'str'",
@@ -128,6 +146,20 @@ SIGNATURES = {
     "Sensitivity.plot": "(self, path: 'str | os.PathLike[str]') -> 'None'",
     "Sensitivity.html": "(self) -> 'str'",
     "Allocation.recipe": "(self) -> 'Recipe'",
+    "backend": "(*, recipe: 'str | Recipe | AutoRecipe' = 'int8', calibration_steps: 'int' = 8, target: "
+    "'str | Target' = 'auto', passes: 'Iterable[PassLike]' = ()) -> 'Backend'",
+    "dump": "(model: 'nn.Module | str | os.PathLike[str]', example_inputs: 'Any' = None, *, stages: "
+    "'str | Sequence[str] | None' = None, diff: 'str | None' = None, layer: 'str | None' = "
+    "None, why: 'str | None' = None, pass_by_pass: 'bool' = False, bisect: 'float | None' = "
+    "None, format: 'str' = 'text', measure: 'bool | None' = None, recipe: 'str | Recipe | "
+    "AutoRecipe' = 'int8', target: 'str | Target' = 'auto', calibration: 'Iterable[Any] | "
+    "None' = None) -> 'str'",
+    "register_pass": "(plugin: 'P') -> 'P'",
+    "register_recipe": "(recipe: 'R') -> 'R'",
+    "register_target": "(target: 'T') -> 'T'",
+    "load": "(path: 'str | os.PathLike[str]', *, target: 'str | Target' = 'auto', device: 'str | "
+    "torch.device' = 'cpu') -> 'nn.Module'",
+    "save": "(qmodel: 'nn.Module', path: 'str | os.PathLike[str]') -> 'None'",
 }
 
 FIELDS = {
@@ -219,7 +251,7 @@ def test_presets() -> None:
     from qfx.recipe import PRESETS
 
     learned = ["w8a8_lsq", "w4a8_lsq", "w4a4_lsq", "w3a3_lsq", "w2a2_lsq"]
-    assert list(PRESETS) == ["int8", "int8_dynamic", "w8a16", "w4a16", *learned]
+    assert list(PRESETS) == ["int8", "int8_dynamic", "w8a16", "w4a16", *learned, "tensorrt", "openvino", "xnnpack"]
     assert all(qfx.Recipe.preset(name) is PRESETS[name] for name in PRESETS)
 
 

@@ -23,10 +23,15 @@ import qfx
 from qfx import cpu
 from qfx.targets import TARGETS, choose
 from qfx.tools.bench_accuracy import cifar10, perplexity, sqnr
+from qfx.tools.bench_artifact import artifact
+from qfx.tools.bench_backend import backend
+from qfx.tools.bench_compat import compat_sqnr
 from qfx.tools.bench_cost import memory, quantize_time
 from qfx.tools.bench_coverage import coverage, timm, torchvision, transformers
+from qfx.tools.bench_dump import dump_page
 from qfx.tools.bench_figures import Figure, Options, Skip, brief, table
 from qfx.tools.bench_latency import latency
+from qfx.tools.bench_onnx import exported
 from qfx.tools.bench_parity import parity
 from qfx.tools.bench_search import allocation_time, rank_agreement, scan_time, searched
 from qfx.tools.bench_training import agreement, training
@@ -40,10 +45,13 @@ BENCHMARKS: dict[str, Benchmark] = {
     "timm": timm,
     "transformers": transformers,
     "parity": parity,
+    "backend": backend,
+    "compat": compat_sqnr,
     "sqnr": sqnr,
     "cifar10": cifar10,
     "perplexity": perplexity,
     "quantize-time": quantize_time,
+    "dump": dump_page,
     "memory": memory,
     "latency": latency,
     "training": training,
@@ -52,6 +60,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "rank": rank_agreement,
     "allocation": allocation_time,
     "search": searched,
+    "onnx": exported,
+    "artifact": artifact,
 }
 
 

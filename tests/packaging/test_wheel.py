@@ -45,7 +45,8 @@ def expected_files() -> set[str]:
     for folder, place in (("qfx", "qfx"), ("passes", "qfx/passes"), ("models", "qfx/models"), ("tools", "qfx/tools")):
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT / folder)
-            if path.suffix in {".py", ".cpp", ".h", ".html"} or path.name == "py.typed":
+            data = path.name == "py.typed" or path.parent.name == "vendor"
+            if data or path.suffix in {".py", ".cpp", ".h", ".html", ".css", ".js"}:
                 expected.add(f"{place}/{relative.as_posix()}")
     return expected
 
@@ -62,8 +63,8 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
     fields = Parser().parsestr(wheel.read(name).decode())
     assert (fields["Name"], fields["Requires-Python"]) == ("qfx", ">=3.11")
-    assert fields["License-Expression"] == "Apache-2.0"
-    assert set(fields.get_all("Provides-Extra", [])) == {"bench", "demo", "plot", "test"}
+    assert fields["License-Expression"] == "Apache-2.0 AND MIT"
+    assert set(fields.get_all("Provides-Extra", [])) == {"bench", "browser", "demo", "onnx", "plot", "test"}
     assert any(entry.endswith("/LICENSE") for entry in wheel.namelist())
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.models import MODELS_SMALL, build_llama, load_stories260k
 from qfx.tools import bench, bench_accuracy, bench_child, bench_coverage
+from qfx.tools.bench_backend import backend
 from qfx.tools.bench_calls import call, mismatch, resized, token_length, worst_sqnr_db
 from qfx.tools.bench_cost import _medians, _memory_figures
 from qfx.tools.bench_data import cifar_images, file_of
@@ -199,6 +200,11 @@ def test_parity_figures() -> None:
     rows = list(parity(Options(target="x86"), models=models, recipes=["int8"]))
     assert {row.what for row in rows} >= {"resnet20, int8, integers", "llama, int8, floats"}
     assert all(row.verdict == "met" for row in rows), table(rows)
+
+
+def test_the_backend_gives_the_numbers_of_quantize() -> None:
+    (figure,) = backend(REFERENCE, models={"llama": MODELS_SMALL["llama"]})
+    assert figure.verdict == "met" and "2 compiled, quantized" in figure.note, figure
 
 
 def test_latency_compares_with_every_candidate() -> None:
