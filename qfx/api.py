@@ -239,7 +239,8 @@ def prepare(
     before, behind = passes.split()
     nodes = sum(len(gm.graph.nodes) for gm in graphs(captured.model).values())
     for gm in graphs(captured.model).values():
-        before.run(gm)
+        with torch.inference_mode(False):  # what observers keep is written to later
+            before.run(gm)
         if slow := _why_slow(chosen_target):
             add_notes(gm, "target", [slow])
     plan = _Plan(behind, example, type(model).__name__, tensor_bytes(model), nodes, _float_parts(captured), mode=mode)

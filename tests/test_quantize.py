@@ -698,3 +698,12 @@ def test_inplace_keeps_tied_parameters_tied() -> None:
     model, example = MODELS_SMALL["llama"]()
     qfx.quantize(model, example, inplace=True, target="reference", verbose=False)
     assert model.output.weight is model.tok_embeddings.weight
+
+
+def test_inference_mode_around_it_changes_nothing() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(4, 3, 8, 8)
+    expected = qfx.quantize(model, x, verbose=False)(x)
+    with torch.inference_mode():
+        quantized = qfx.quantize(model, x.clone(), verbose=False)
+        assert torch.equal(quantized(x), expected)
+    assert torch.equal(quantized(x), expected)
