@@ -284,7 +284,7 @@ def _check_unpack(gm: CapturedModule, node: fx.Node) -> None:
     packed, bits, _, length = node.args[:4]
     if bits not in range(2, 8) or value(packed).dtype is not torch.uint8 or value(packed).ndim == 0:  # type: ignore[arg-type]
         raise ArtifactError(f"it unpacks {value(packed).dtype} of {bits} bits")  # type: ignore[arg-type]
-    needed = -(-length * bits // 8)  # type: ignore[operator, arg-type]
+    needed = -(-length * bits // 8)  # type: ignore[operator]
     if length < 0 or value(packed).shape[-1] != needed:  # type: ignore[operator, arg-type]
         raise ArtifactError(f"{length} integers of {bits} bits do not fill rows of {value(packed).shape[-1]} bytes")  # type: ignore[arg-type]
 
