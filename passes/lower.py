@@ -39,7 +39,7 @@ from qfx.ops import choose_qparams, dequantize, quantize, unpack_op
 from qfx.passes.cancel_pairs import parameters
 from qfx.passes.fuse_epilogues import ACTIVATIONS
 from qfx.patterns import NoMatch
-from qfx.rewrite import erase_dead, evaluate, insert_call
+from qfx.rewrite import erase_dead, evaluate, insert_call, stored_bits
 from qfx.stage import Stage
 from qfx.targets import (
     AnchorRegion,
@@ -303,13 +303,7 @@ def _data(
 
 def _weight(gm: fx.GraphModule, node: Any) -> tuple[Tensor, int]:
     """Integers of the weight and how many bits each has."""
-    return evaluate(gm, node), _weight_bits(node)
-
-
-def _weight_bits(node: Any) -> int:
-    while isinstance(node, fx.Node) and node.target is not unpack_op and node.op != "get_attr":
-        node = tensor_inputs(node)[0]
-    return node.args[1] if node.target is unpack_op else 8
+    return evaluate(gm, node), stored_bits(node)
 
 
 def stored_at(gm: fx.GraphModule, node: Any) -> Tensor | None:
@@ -417,7 +411,7 @@ def lookup_region(gm: fx.GraphModule, node: fx.Node, row: Op, limits: Limits) ->
     region = LookupRegion(
         op=row,
         table=table,
-        bits=_weight_bits(back.args[0]),
+        bits=stored_bits(back.args[0]),
         signed=integers.dtype == torch.int8,
         length=integers.shape[1],
         qparams=qparams,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import fields
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from qfx.dump_model import Dump, NodeView, plain
+from qfx.html_page import packaged, render
 from qfx.node_table import NodeRow, Report
 from qfx.sensitivity_plot import printable
 
@@ -30,10 +28,8 @@ _SOURCE_MAP = "//# sourceMappingURL="  # a browser's debugger would look for tha
 
 def page(dump: Dump) -> str:
     """The page. It loads nothing, and draws with the bundled dagre, whose licence it shows; any name is inert in it."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["printable"] = printable
-    template = environment.from_string(_file("pages", "dump_page.html"))
-    return template.render(
+    return render(
+        "dump_page.html",
         dump=dump,
         facts=_facts(dump),
         report=dump.report,
@@ -41,16 +37,12 @@ def page(dump: Dump) -> str:
         remarks=dump.report.remarks() if dump.report else "",
         rows=[(row, _cells(row)) for row in dump.report.rows] if dump.report else [],
         data=_inert(packed(dump)),
-        style=_file("pages", "dump_page.css"),
-        dagre=_file("vendor", "dagre.min.js").partition(_SOURCE_MAP)[0],
+        style=packaged("pages", "dump_page.css"),
+        dagre=packaged("vendor", "dagre.min.js").partition(_SOURCE_MAP)[0],
         dagre_version=DAGRE,
-        dagre_licence=_file("vendor", "dagre.LICENSE"),
-        script="\n".join(_file("pages", name) for name in _SCRIPTS),
+        dagre_licence=packaged("vendor", "dagre.LICENSE"),
+        script="\n".join(packaged("pages", name) for name in _SCRIPTS),
     )
-
-
-def _file(folder: str, name: str) -> str:
-    return files("qfx").joinpath(folder, name).read_text(encoding="utf-8")
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------

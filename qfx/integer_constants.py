@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from qfx.attributes import drop_unused, free_path
 from qfx.meta import describe, set_value
-from qfx.operators import is_constant, tensor_inputs
-from qfx.ops import dequantize, unpack_op
-from qfx.rewrite import erase_dead, evaluate, insert_buffer, propagate, replace_all, root_of
+from qfx.operators import is_constant
+from qfx.ops import dequantize
+from qfx.rewrite import erase_dead, evaluate, insert_buffer, propagate, replace_all, root_of, stored_bits
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _read(gm: fx.GraphModule, node: fx.Node) -> IntegerConstant:
     if axis is not None and isinstance(group_size, int) and integers.ndim == 2 and integers.shape[axis] <= group_size:
         qparams, axis, group_size = [p.flatten() for p in qparams], 1 - axis, None
     assert isinstance(group_size, int | None)
-    return IntegerConstant(node, path, integers, qparams[0], qparams[1], axis, group_size, _bits(source))
+    return IntegerConstant(node, path, integers, qparams[0], qparams[1], axis, group_size, stored_bits(source))
 
 
 def to_float(gm: fx.GraphModule, found: IntegerConstant) -> None:
@@ -70,13 +70,6 @@ def to_float(gm: fx.GraphModule, found: IntegerConstant) -> None:
         new = insert_buffer(gm, path, evaluate(gm, found.node), like=found.node)
     replace_all(found.node, new)
     erase_dead(gm, found.node)
-
-
-def _bits(source: fx.Node) -> int:
-    """The width of the integers behind reshapes: of packed ones what they were packed in."""
-    while source.target is not unpack_op and source.op != "get_attr":
-        source = tensor_inputs(source)[0]
-    return source.args[1] if source.target is unpack_op else 8  # type: ignore[return-value]
 
 
 def store(gm: fx.GraphModule, found: IntegerConstant) -> fx.Node:

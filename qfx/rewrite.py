@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from qfx.attributes import get_tensor, set_buffer
 from qfx.meta import describe, set_value, value
 from qfx.operators import mutates, tensor_inputs
+from qfx.ops import unpack_op
 
 
 def insert_buffer(gm: fx.GraphModule, path: str, tensor: Tensor, *, like: fx.Node) -> fx.Node:
@@ -100,3 +101,11 @@ def erase_dead(gm: fx.GraphModule, *nodes: fx.Node) -> None:
 def replace_all(old: fx.Node, new: fx.Node) -> None:
     """Let every reader of ``old`` read ``new`` instead, except ``new`` itself."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def stored_bits(integers: Any) -> int:
+    """How many bits each of constant ``integers`` has, behind reshapes: of packed ones, what they were packed in."""
+    node = integers
+    while isinstance(node, fx.Node) and node.target is not unpack_op and node.op != "get_attr":
+        node = tensor_inputs(node)[0]
+    return int(node.args[1]) if node.target is unpack_op else 8

@@ -6,12 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
-
-from jinja2 import Environment, StrictUndefined
 
 from qfx.bit_allocation import Allocation
 from qfx.choices import Choice, LayerFacts
+from qfx.html_page import render
 from qfx.sensitivity_plot import COSTS, DAMAGES, NoMatplotlib, names_of, printable, svg
 from qfx.sensitivity_table import Sensitivity, shown
 from qfx.widths import Trial
@@ -53,9 +51,8 @@ def page(what: Sensitivity | Allocation) -> str:
         drawing = svg(what)
     except NoMatplotlib as error:
         missing = f"{error.what}: {error.hint}"
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("qfx").joinpath("sensitivity_page.html").read_text(encoding="utf-8"))
-    return template.render(
+    return render(
+        "sensitivity_page.html",
         title=printable(sensitivity.model),
         facts=_facts(sensitivity),
         bits=_bits(allocation) if allocation else {},

@@ -66,6 +66,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "graph_json",
         "graph_module",
         "growth",
+        "html_page",
         "inference",
         "integer_constants",
         "integer_weights",
