@@ -13,12 +13,12 @@ from qfx.graph_module import CapturedModule
 from qfx.integer_weights import WeightUse, weight_use
 from qfx.meta import info
 from qfx.operators import Kind, Op, argument, lookup, name_of, tensor_inputs
-from qfx.ops import choose_qparams, dequantize, quantize, unpack_op
+from qfx.ops import choose_qparams, dequantize, quantize
 from qfx.passes.convert import LARGEST_BIAS
 from qfx.range_use import RangeUse, ValueCounts
 from qfx.recipe import Recipe
 from qfx.remedies import Reader, reader_of
-from qfx.rewrite import evaluate
+from qfx.rewrite import evaluate, stored_bits
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _weight(gm: CapturedModule, n: fx.Node) -> list[Site]:
     if row is None or not isinstance(back, fx.Node) or back.target is not dequantize:
         return []
     stored, scale, zero_point, axis, group_size, _ = cast(Any, back.args)
-    bits = int(stored.args[1]) if stored.target is unpack_op else 8
+    bits = stored_bits(stored)
     q, scale, zero_point = (evaluate(gm, part) for part in (stored, scale, zero_point))
     channels = row.channel_axis if axis is None or group_size is not None else axis
     use = weight_use(q, scale, zero_point, axis, group_size, bits=bits, channels=channels)

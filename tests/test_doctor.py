@@ -394,3 +394,12 @@ def test_specs_are_written_as_code(base: qfx.QuantSpec | None) -> None:
         code = changed(spec, base, "weight")
         assert eval(code, {"qfx": qfx, "replace": replace, "recipe": INT8}) == spec
     assert changed(WEIGHT, WEIGHT, "weight") == "recipe.default.weight" and changed(None, base, "weight") == "None"
+
+
+def test_narrow_weights_of_a_convolution_are_known_as_such() -> None:
+    """Their integers lie packed in rows, behind a reshape."""
+    x = torch.randn(64, 3, 8, 8)
+    recipe = qfx.Recipe.int8().set(op="conv2d", weight=4)
+    quantized = qfx.quantize(nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), x, recipe=recipe, verbose=False)
+    (weight,) = [row for row in qfx.check(quantized, [x.flip(0)]).rows if row.part == "weight"]
+    assert weight.bits == 4
