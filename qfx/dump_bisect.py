@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
 from qfx import affine
+from qfx.agreement import rounding_on
 from qfx.calling import flat_inputs
 from qfx.dump_diff import stand_ins
 from qfx.dump_model import shown_db
@@ -108,22 +109,10 @@ class _Values(fx.Interpreter):
 def _run(step: Kept, inputs: tuple[Tensor, ...], keep: bool = False) -> tuple[Sequence[Any], dict[str, Tensor]]:
     """Flat outputs, and if asked for the value of every call by name."""
     runner = _Values(step.gm, keep)
-    with evaluating(step.gm), _rounding(step):
+    rounding = rounding_on(step.gm) if step.stage is Stage.CALIBRATED else nullcontext()
+    with evaluating(step.gm), rounding:
         outputs = runner.run(*(t.clone() for t in inputs), enable_io_processing=False)
     return outputs if isinstance(outputs, tuple | list) else (outputs,), runner.values
-
-
-@contextmanager
-def _rounding(step: Kept) -> Iterator[None]:
-    """Behind calibration, and before conversion, fake quantization is on."""
-    modules = list(dict.fromkeys(m for _, m in fake_quants(step.gm))) if step.stage is Stage.CALIBRATED else []
-    for m in modules:
-        m.quantizing = True
-    try:
-        yield
-    finally:
-        for m in modules:
-            m.quantizing = False
 
 
 # --- which node -------------------------------------------------------------------------------------------------------
