@@ -10,6 +10,7 @@ from qfx.passes.annotate import Annotate
 from qfx.passes.annotate_again import AnnotateAgain
 from qfx.passes.cancel_pairs import CancelPairs
 from qfx.passes.canonicalize import Canonicalize
+from qfx.passes.compile_regions import CompileRegions
 from qfx.passes.convert import Convert
 from qfx.passes.eliminate_dead_code import EliminateDeadCode
 from qfx.passes.fold_weights import FoldWeights
@@ -29,7 +30,7 @@ from qfx.passes.share_scales import ShareScales
 from qfx.passes.store_embeddings import StoreEmbeddings
 from qfx.pipeline import ORDERS, PASSES_BY_NAME, Pass
 from qfx.recipe import Recipe
-from qfx.targets import Target
+from qfx.targets import Native, Target
 
 
 def ptq(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
@@ -54,7 +55,8 @@ def ptq(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
 
 def lowering(target: Target) -> tuple[Pass, ...]:
     """The order behind CONVERTED, the same for every recipe: what a saved model goes through when it is loaded."""
-    return (Lower(target), ReuseMemory(), EliminateDeadCode())
+    order: tuple[Pass, ...] = (Lower(target), ReuseMemory(), EliminateDeadCode())
+    return (*order, CompileRegions(target.isa, target.tune)) if isinstance(target, Native) else order
 
 
 def auto_ptq(auto: AutoRecipe, target: Target) -> tuple[Pass, ...]:
@@ -104,6 +106,7 @@ PASSES_BY_NAME.add_own(
         AnnotateAgain,
         CancelPairs,
         Canonicalize,
+        CompileRegions,
         Convert,
         EliminateDeadCode,
         FoldWeights,

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -87,6 +86,8 @@ def subject(node: fx.Node) -> Subject:
 
 def written_in_place(gm: fx.GraphModule) -> set[fx.Node]:
     """All values that share memory with one that an operator writes to."""
+    import networkx as nx  # here, since a model that is loaded needs none of it
+
     aliases = nx.Graph()
     for node in gm.graph.nodes:
         if (is_view(node) or mutates(node)) and tensor_inputs(node):

@@ -82,13 +82,15 @@ class ZeroFilterWarning(QfxWarning):
 
 def _warn_zero_filters(gm: fx.GraphModule, weight: Tensor, integers: Tensor, node: fx.Node, path: str) -> None:
     """Tell of output channels (axis 0) that rounding wiped out."""
-    if weight.ndim < 2:
+    if weight.ndim < 2 or not weight.numel():
         return
     zero_point = evaluate(gm, node.args[2])  # type: ignore[arg-type]  # a node, as in every quantize
     if zero_point.ndim > 1 or (zero_point.ndim == 1 and zero_point.numel() != weight.shape[0]):
         return
-    silent = (integers.int() == zero_point.reshape(-1, *[1] * (weight.ndim - 1))).flatten(1).all(1)
-    lost = int((silent & weight.ne(0).flatten(1).any(1)).sum())
+    filters, zeros = integers.flatten(1), zero_point.reshape(-1).expand(len(integers))
+    begins = (filters[:, 0] == zeros).nonzero().flatten()  # few filters begin with a zero, and only these may be lost
+    silent = (filters[begins] == zeros[begins, None]).all(1)
+    lost = int((silent & weight.flatten(1)[begins].ne(0).any(1)).sum())
     if lost:
         text = f"{path}: {lost} of {weight.shape[0]} filters became 0"
         add_notes(gm, "warning", [text])

@@ -16,15 +16,17 @@ shares a scale only between specs that are equal.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import networkx as nx
 from torch import fx
 
 from qfx.meta import info, update
 from qfx.operators import activations, tensor_inputs
 from qfx.spec import QuantSpec, SharedSpec
 from qfx.stage import Stage
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class ShareScales:
     writes: ClassVar[frozenset[str]] = frozenset({"group"})
 
     def run(self, gm: fx.GraphModule) -> int:
+        import networkx as nx  # here, since a model that is loaded needs none of it
+
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         shared = share_graph(gm)
         for component in nx.connected_components(shared):
@@ -47,6 +51,8 @@ class ShareScales:
 
 def share_graph(gm: fx.GraphModule) -> nx.Graph:
     """The quantized values of an annotated graph as nodes, "has the same scale" as edges."""
+    import networkx as nx
+
     shared = nx.Graph()
     for node in gm.graph.nodes:
         known = info(node)

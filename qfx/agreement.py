@@ -24,6 +24,9 @@ from qfx.operators import is_constant
 from qfx.ops import quantize
 from qfx.roundings import fake_quants
 from qfx.targets import Leaf
+from qfx.targets.native.agreement import Disagreement, compare
+from qfx.targets.native.inlined import inlined, regions_of
+from qfx.targets.native.region import NativeRegion
 
 LARGEST_FLOAT = 1e-3
 """The greatest difference of a float32 result, relative to the greatest magnitude."""
@@ -146,11 +149,38 @@ def settled_agreement(live: Recorded, settled: Recorded) -> list[LayerAgreement]
 
 
 def lowered_agreement(settled: Recorded, lowered: fx.GraphModule, inputs: tuple[Any, ...]) -> list[LayerAgreement]:
-    """The CALIBRATED graph, as recorded, against the LOWERED one, at every leaf."""
-    runner = _Forced(lowered, settled)
+    """The CALIBRATED graph, as recorded, against the LOWERED one at every leaf, and native programs against leaves."""
+    runner = _Forced(inlined(lowered), settled)
     with torch.no_grad():
         runner.run(*inputs, enable_io_processing=False)
-    return runner.found
+    return runner.found + _native_agreement(lowered, inputs)
+
+
+def _native_agreement(lowered: fx.GraphModule, inputs: tuple[Any, ...]) -> list[LayerAgreement]:
+    """Every value of every program against what its leaf makes of the program's own inputs."""
+    if not regions_of(lowered):
+        return []
+    runner = _Regions(lowered)
+    with torch.no_grad():
+        runner.run(*inputs, enable_io_processing=False)
+    return [
+        LayerAgreement(d.node.name, info(d.node).origin, d.lsb, d.relative, LARGEST_FLOAT if d.lsb is None else 1)
+        for d in runner.found
+    ]
+
+
+class _Regions(fx.Interpreter):
+    """Runs the lowered graph, and compares each region on what it is given."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.found: list[Disagreement] = []
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(str(target))
+        if isinstance(module, NativeRegion):
+            self.found += compare(module, args)
+        return super().call_module(target, args, kwargs)
 
 
 class _Forced(fx.Interpreter):

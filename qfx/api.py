@@ -57,6 +57,7 @@ from qfx.score_cache import content_of
 from qfx.shadow import undisturbed
 from qfx.stage import Stage, stage_of
 from qfx.targets import Target, choose
+from qfx.targets.native.inlined import region_notes
 from qfx.trained_fake_quant import TrainedFakeQuantize
 
 log = logging.getLogger(__name__)
@@ -590,6 +591,7 @@ def _convert_graph(
     with torch.no_grad():
         outputs = fx.Interpreter(gm).run(*inputs, enable_io_processing=False)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    made = dataclasses.replace(made, notes=(*made.notes, *region_notes(gm)))  # behind the first run, which compiles
     made = dataclasses.replace(made, output_sqnr_db=_worst(noise.outputs, outputs), calibration=plan.calibration)
     if lower_ and isinstance(gm, CapturedModule):
         keep_report(portable(gm), before_lowering(made, rows, noise.by_node))

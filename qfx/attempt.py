@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from qfx.calling import CallBinder, CallCodeGen, TensorSpec
 from qfx.errors import CaptureError
@@ -132,12 +131,12 @@ def _quiet() -> Iterator[None]:
             log.debug("printed during export:\n%s", printed.getvalue())
 
 
-_DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
-
-
 def _is_data_dependent(error: BaseException | None) -> bool:
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # here, since it brings all of sympy
+
+    kinds = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
     while error is not None:
-        if isinstance(error, _DATA_DEPENDENT):
+        if isinstance(error, kinds):
             return True
         error = error.__cause__ or error.__context__
     return False

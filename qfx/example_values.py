@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from qfx.calling import TensorSpec, codegen_of
 from qfx.meta import set_value, value
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
 
 
 def restore_values(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
@@ -23,6 +25,8 @@ def restore_values(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """
     if all(value(n) is not None for n in gm.graph.nodes if n.op == "placeholder"):
         return
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # here, since it brings all of sympy
+
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     specs = codegen_of(gm).binder.tensors
     fakes = [mode.from_tensor(t, symbolic_context=_context(spec)) for t, spec in zip(inputs, specs, strict=True)]
@@ -31,6 +35,8 @@ def restore_values(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
 
 
 def _context(spec: TensorSpec) -> StatelessSymbolicContext[Any, Any]:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     free = (isinstance(size, str) for size in spec.sizes)
     return StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC if f else DimDynamic.STATIC for f in free])
 

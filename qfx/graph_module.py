@@ -36,7 +36,7 @@ class CapturedModule(fx.GraphModule):
     def of(cls, root: nn.Module, graph: fx.Graph, name: str) -> Self:
         """A graph over all that ``root`` holds; ``name`` becomes the name of its class."""
         new = cls.__new__(cls)
-        _fill(new, dict(root.__dict__), graph, name)
+        _fill(new, {k: v for k, v in root.__dict__.items() if k not in _REMADE}, graph, name)
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import networkx as nx
 from torch import Tensor, fx
 
 from qfx.attributes import get_tensor
@@ -149,6 +148,8 @@ def coupled(gm: fx.GraphModule, layers: Sequence[Layer]) -> tuple[tuple[int, ...
     integers of both sides then have one width, and one kernel adds them. So are those of one operator at one place,
     which no rule of a recipe tells apart.
     """
+    import networkx as nx  # here, since a model that is loaded needs none of it
+
     graph: nx.Graph = nx.Graph()
     graph.add_nodes_from(range(len(layers)))
     first: dict[object, int] = {}

@@ -1,4 +1,4 @@
-"""Give memory back to the system: what C's allocator keeps after large weights are freed counts as ours."""
+"""What C's allocator does with freed memory: back to the system, as what it keeps counts as ours, or on to the next."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h
 _SMALL, _LARGE = 2**18, 2**25  # 32 MiB is where glibc's own adaptation ends
+_HUGE = 2**30
 
 
 @functools.cache
@@ -28,11 +29,31 @@ def returned_at_once() -> Iterator[None]:
 
     Afterwards the threshold is where glibc's adaptation takes it in any process that frees large tensors.
     """
+    with _adjusted(_SMALL):
+        yield
+
+
+@contextmanager
+def reused() -> Iterator[None]:
+    """Let tensors take the memory of those freed before, whose pages are there already: for a program that soon ends.
+
+    Where tensors come and go by the thousand, a fifth of their time may be the system's, which clears new pages.
+    Afterwards all is returned, and thresholds are as :func:`returned_at_once` leaves them.
+    """
+    with _adjusted(_HUGE, trim_threshold=_HUGE):
+        yield
+    trim()
+
+
+@contextmanager
+def _adjusted(mmap_threshold: int, *, trim_threshold: int | None = None) -> Iterator[None]:
     adjust = _glibc("mallopt")
     if adjust is None:
         yield
         return
-    adjust(_MMAP_THRESHOLD, _SMALL)
+    adjust(_MMAP_THRESHOLD, mmap_threshold)
+    if trim_threshold is not None:
+        adjust(_TRIM_THRESHOLD, trim_threshold)
     try:
         yield
     finally:

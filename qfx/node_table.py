@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
+from typing import TYPE_CHECKING
 
-import networkx as nx
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
@@ -22,6 +22,10 @@ from qfx.operators import Kind, activations, lookup, macs, name_of, tensor_input
 from qfx.ops import dequantize, quantize
 from qfx.printer import show_value
 from qfx.targets import Leaf
+from qfx.targets.native.inlined import inlined
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -307,12 +311,17 @@ def _type(val: object) -> str:
 
 def region_graph(gm: fx.GraphModule) -> nx.DiGraph:
     """The lowered graph as networkx: nodes carry ``integer`` (they hold uint8 or int8) and ``operator``."""
+    import networkx as nx  # here, since a model that is loaded needs none of it
+
     graph = nx.DiGraph()
     for node in gm.graph.nodes:
-        integer = node.op != "placeholder" and _type(value(node)) in ("uint8", "int8")  # a split is a tuple
-        graph.add_node(node.name, integer=integer, operator=name_of(node) or node.op)
+        graph.add_node(node.name, integer=_integer(node), operator=name_of(node) or node.op)
         graph.add_edges_from((n.name, node.name) for n in tensor_inputs(node))
     return graph
+
+
+def _integer(node: fx.Node) -> bool:
+    return node.op != "placeholder" and _type(value(node)) in ("uint8", "int8")  # a split is a tuple
 
 
 def crossings(gm: fx.GraphModule) -> int:
@@ -322,9 +331,17 @@ def crossings(gm: fx.GraphModule) -> int:
 
 def regions(gm: fx.GraphModule) -> int:
     """Connected parts of the graph that hold integers."""
-    graph = region_graph(gm)
-    inside = [n for n, data in graph.nodes(data=True) if data["integer"]]
-    return int(nx.number_weakly_connected_components(graph.subgraph(inside)))
+    left = {node for node in gm.graph.nodes if _integer(node)}
+    count = 0
+    while left:
+        count += 1
+        border = [left.pop()]
+        while border:
+            node = border.pop()
+            near = left.intersection((*tensor_inputs(node), *node.users))
+            left -= near
+            border += near
+    return count
 
 
 def tensor_bytes(module: nn.Module) -> int:
@@ -343,7 +360,7 @@ def build_report(
     weight_bytes_before: int,
 ) -> Report:
     """The report of one lowered graph."""
-    known = graph_info(gm)
+    known, whole, gm = graph_info(gm), gm, inlined(gm)
     return Report(
         model=model,
         recipe=known.recipe,
@@ -355,7 +372,7 @@ def build_report(
         regions=regions(gm),
         share_groups=share_groups,
         weight_bytes_before=weight_bytes_before,
-        weight_bytes_after=tensor_bytes(gm),
+        weight_bytes_after=tensor_bytes(whole),
         notes=known.notes,
         allocation=known.allocation,
     )

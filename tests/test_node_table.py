@@ -137,6 +137,7 @@ def test_the_region_graph_is_networkx(qnet: fx.GraphModule) -> None:
     assert set(graph) == {n.name for n in qnet.graph.nodes}
     inside = {name for name, data in graph.nodes(data=True) if data["integer"]}
     assert inside and all(n.meta["val"].dtype == torch.uint8 for n in qnet.graph.nodes if n.name in inside)
+    assert regions(qnet) == nx.number_weakly_connected_components(graph.subgraph(inside))
 
 
 def test_a_split_of_integers_does_not_cut_a_region() -> None:

@@ -147,7 +147,11 @@ def test_presets_for_linear_layers_cover_token_models(name: str, recipe: str) ->
     assert qfx.report(quantized(name, recipe)).integer_macs >= 0.98
 
 
-FASTER = [name for name, target in TARGETS.items() if name != "reference" and target.unavailable() is None]
+FASTER = [
+    pytest.param(name, marks=pytest.mark.slow if name == "native" else ())  # it compiles each of the models
+    for name, target in TARGETS.items()
+    if name != "reference" and target.unavailable() is None
+]
 
 
 @pytest.mark.parametrize("target", FASTER)

@@ -32,7 +32,8 @@ from qfx.targets import TARGETS, Leaf
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
 
 EXAMPLES = settings.default.max_examples  # 25, and many in `make nightly`
-AVAILABLE = [name for name, target in TARGETS.items() if target.unavailable() is None]
+# Not native, which compiles for seconds: tests/native has its own.
+AVAILABLE = [name for name, target in TARGETS.items() if name != "native" and target.unavailable() is None]
 
 # --- random models --------------------------------------------------------------------------------------------------
 

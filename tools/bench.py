@@ -19,8 +19,6 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-import qfx
-from qfx import cpu
 from qfx.targets import TARGETS, choose
 from qfx.tools.bench_accuracy import cifar10, perplexity, sqnr
 from qfx.tools.bench_artifact import artifact
@@ -28,14 +26,15 @@ from qfx.tools.bench_backend import backend
 from qfx.tools.bench_compat import compat_sqnr
 from qfx.tools.bench_cost import memory, quantize_time
 from qfx.tools.bench_coverage import coverage, timm, torchvision, transformers
+from qfx.tools.bench_decode import decode
 from qfx.tools.bench_dump import dump_page
 from qfx.tools.bench_figures import Figure, Options, Skip, brief, table
-from qfx.tools.bench_latency import latency
 from qfx.tools.bench_onnx import exported
 from qfx.tools.bench_parity import parity
 from qfx.tools.bench_search import allocation_time, rank_agreement, scan_time, searched
 from qfx.tools.bench_training import agreement, training
-from qfx.tools.env import FEATURES, cpu_model
+from qfx.tools.env import machine
+from qfx.tools.latency_figures import latency
 
 Benchmark = Callable[[Options], Iterator[Figure]]
 
@@ -54,6 +53,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "dump": dump_page,
     "memory": memory,
     "latency": latency,
+    "decode": decode,
     "training": training,
     "agreement": agreement,
     "scan": scan_time,
@@ -67,14 +67,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 def header(options: Options) -> list[tuple[str, str]]:
     """The machine and the versions that the figures hold for."""
-    return [
-        ("qfx, torch", f"{qfx.__version__}, {torch.__version__}"),
-        ("cpu", cpu_model()),
-        ("features", " ".join(name for name in FEATURES if name in cpu.cpu_features()) or "-"),
-        ("vnni", "yes" if cpu.onednn_has_vnni() else "no"),
-        ("threads", str(torch.get_num_threads())),
-        ("target", choose(options.target).name),
-    ]
+    return [*machine(), ("target", choose(options.target).name)]
 
 
 def measure(name: str, benchmark: Benchmark, options: Options) -> list[Figure]:

@@ -17,7 +17,14 @@ def call(model: nn.Module, inputs: Any) -> Any:
     with torch.no_grad():
         if isinstance(inputs, Mapping):
             return model(**inputs)
-        return model(*((inputs,) if isinstance(inputs, Tensor) else inputs))
+        return model(*tensors(inputs))
+
+
+def tensors(inputs: Any) -> tuple[Tensor, ...]:
+    """The tensors of ``inputs``, in order."""
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    return tuple(inputs.values() if isinstance(inputs, Mapping) else inputs)
 
 
 def resized(inputs: Any, batch: int, *, length: int | None = None, seed: int = 0) -> Any:

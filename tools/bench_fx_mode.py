@@ -6,10 +6,12 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qfx.tools.bench_calls import call, tensors
 from qfx.tools.bench_figures import Skip
 
 
@@ -31,10 +33,11 @@ def engine(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def quantize_fx(model: nn.Module, batches: Iterable[Tensor], engine_name: str) -> nn.Module:
-    """A W8A8 copy of ``model`` by FX mode, with the engine's default configuration; ``batches`` calibrate it.
+def quantize_fx(model: nn.Module, batches: Iterable[Any], engine_name: str) -> nn.Module:
+    """A W8A8 copy of ``model`` by FX mode, with the engine's default configuration.
 
-    It is to be run inside :func:`engine` of the same name.
+    ``batches`` calibrate it, each a tensor, a tuple, or a dict of keywords in the order of the arguments. It is to be
+    run inside :func:`engine` of the same name.
 
     Raises:
         Skip: this torch has no FX mode any more, or lacks the engine.
@@ -49,8 +52,8 @@ def quantize_fx(model: nn.Module, batches: Iterable[Tensor], engine_name: str) -
     with engine(engine_name), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # it announces its removal with every call
         mapping = get_default_qconfig_mapping(engine_name)
-        prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, (data[0],))
+        prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, tensors(data[0]))
         for batch in data:
-            prepared(batch)
+            call(prepared, batch)
         quantized: nn.Module = convert_fx(prepared)
     return quantized

@@ -1,92 +1,105 @@
-"""Latency at batch 1 against torch FX mode int8 and fp32 eager, in one process, the candidates taking turns."""
+"""``python -m qfx.tools.bench_latency MODEL BATCH``: latency, SQNR and ratio to the best peer, all from one run.
+
+Every candidate has a process of its own; they are prepared one after the other and then take turns in rounds, so that
+at any moment one computes. All have the same number of threads, calibration data and held-out inputs. The exit status
+is 1 where a bar is missed or qfx fails; a peer that fails is a line with its reason.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from tabulate import tabulate
 
-import qfx
-from qfx.models import MODELS, ModelFactory
-from qfx.tools.bench_calls import call, resized
-from qfx.tools.bench_figures import Bar, Figure, Options, at_least, brief
-from qfx.tools.bench_fx_mode import engine, quantize_fx
-from qfx.tools.bench_timing import Candidate, Times, take_turns
+from qfx.models import MODELS
+from qfx.targets import TARGETS
+from qfx.tools.bench_figures import Figure, table
+from qfx.tools.env import installed_version, machine
+from qfx.tools.latency_bars import judged
+from qfx.tools.latency_candidates import CANDIDATES, PEERS, QFX
+from qfx.tools.latency_result import Result
+from qfx.tools.latency_run import chosen, measured
+from qfx.tools.latency_table import plain, text
+from qfx.tools.roofline import of_reference_model
 
-FLOAT, QFX = "fp32 eager", "qfx"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model of the table. ``engines``: FX mode by these engines of torch's; ``bars`` by the candidate to beat."""
-
-    model: str
-    bars: Mapping[str, Bar]
-    engines: tuple[str, ...] = ()
+PACKAGES = ("torchao", "onnxruntime", "openvino", "nncf")
 
 
-CASES = (
-    Case("resnet18", {"FX onednn": at_least(1.0)}, ("onednn", "x86")),
-    Case("bert_base", {FLOAT: at_least(3.0)}),
-    Case("mobilenet_v2", {}, ("onednn", "x86")),
-    Case("resnet50", {}, ("onednn", "x86")),
-    Case("vit_s16", {}, ("onednn",)),
-)
+def names(value: str, known: Sequence[str]) -> list[str]:
+    """The parts of a list with commas, each once and in order.
+
+    Raises:
+        argparse.ArgumentTypeError: one is not in ``known``.
+    """
+    parts = list(dict.fromkeys(part.strip() for part in value.split(",")))
+    if unknown := [part for part in parts if part not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+    return parts
 
 
-def latency(
-    options: Options,
-    *,
-    cases: Sequence[Case] = CASES,
-    models: Mapping[str, ModelFactory] = MODELS,
-    rounds: int = 9,
-    seconds: float = 0.25,
-) -> Iterator[Figure]:
-    """How many times faster than each peer: the median over the rounds of each round's ratio of medians."""
-    for case in cases:
-        model, example = models[case.model]()
-        candidates, failed = _candidates(case, model, example, options.target)
-        for name, error in failed.items():
-            yield Figure.skip(f"{case.model} over {name}", error)
-        times = take_turns(candidates, rounds=rounds, seconds=seconds)
-        yield from _ratios(case, times)
+def positive(value: str) -> int:
+    """A number of things, of which there is at least one."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no whole number above 0")
+    return int(value)
 
 
-def _candidates(
-    case: Case, model: nn.Module, example: Any, target: str
-) -> tuple[list[Candidate], dict[str, str]]:
-    batches = [resized(example, 4, seed=seed) for seed in range(2)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", qfx.QfxWarning)
-        qmodel = qfx.quantize(model, example, calibration=batches, target=target, verbose=False)
-    found = [Candidate(QFX, partial(call, qmodel, example)), Candidate(FLOAT, partial(call, model, example))]
-    failed = {}
-    for name in case.engines:
-        try:
-            peer = quantize_fx(model, [_single(batch) for batch in batches], name)
-            with engine(name):
-                call(peer, example)
-        except Exception as error:  # the peer's failure is its own
-            failed[f"FX {name}"] = brief(error)
-        else:
-            found.append(Candidate(f"FX {name}", partial(call, peer, example), partial(engine, name)))
-    return found, failed
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m qfx.tools.bench_latency", description="Compare the latency of qfx and its peers on one model."
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", choices=tuple(MODELS), help="of " + ", ".join(MODELS))
+    add("batch", metavar="BATCH", type=positive, help="rows of each call")
+    fast = [name for name in TARGETS if name != "reference"]
+    shown = ",".join(fast)
+    targets = partial(names, known=tuple(TARGETS))
+    add("--against", type=partial(names, known=PEERS), default=PEERS, metavar="PEER,...", help="default: all")
+    add("--targets", type=targets, default=fast, metavar="TARGET,...", help=f"of qfx; default: {shown}")
+    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="of each, default: %(default)s")
+    add("--rounds", type=positive, default=9, metavar="R", help="turns of each, default: %(default)s")
+    add("--roofline", action="store_true", help="show each step of native: time, TOPS, share of the measured int8 peak")
+    add("--json", type=Path, metavar="FILE", help="write everything to this file too")
+    return parser.parse_args(argv)
 
 
-def _single(inputs: Any) -> Tensor:
-    """The one tensor of a convolutional model's call."""
-    (tensor,) = inputs
-    assert isinstance(tensor, Tensor)
-    return tensor
+def main(argv: Sequence[str] | None = None, *, measure: Callable[..., Result] = measured) -> int:
+    given = arguments(argv)
+    torch.set_num_threads(given.threads)
+    versions = ", ".join(f"{name} {installed_version(name)}" for name in PACKAGES)
+    facts = [*machine(), ("peers", versions), ("model", f"{given.model}, batch {given.batch}, {given.rounds} rounds")]
+    print(tabulate(facts, tablefmt="plain", disable_numparse=True), end="\n\n", flush=True)
+    found = measure(
+        given.model,
+        given.batch,
+        chosen(given.targets, given.against),
+        threads=given.threads,
+        rounds=given.rounds,
+        say=lambda what: print(f"  {what}", file=sys.stderr, flush=True),
+    )
+    bars = list(judged(found))
+    print(text(found))
+    if bars:
+        print(f"\n{table(bars)}")
+    if given.roofline:
+        print(f"\n{of_reference_model(given.model, given.batch)}", end="")
+    if given.json:
+        written = {"machine": dict(facts), **plain(found), "bars": [_plain(bar) for bar in bars]}
+        given.json.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    broken = [name for name in found.reasons if CANDIDATES[name].group == QFX and not CANDIDATES[name].lacks()]
+    return 1 if broken or not all(bar.good for bar in bars) else 0
 
 
-def _ratios(case: Case, times: Times) -> Iterator[Figure]:
-    note = str(times)
-    for name in times.rounds:
-        if name != QFX:
-            yield Figure(f"{case.model} over {name}", times.speedup(QFX, name), "x", case.bars.get(name), note)
-            note = ""
+def _plain(bar: Figure) -> dict[str, object]:
+    return dataclasses.asdict(bar) | {"verdict": bar.verdict}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ from qfx.metrics import sqnr_db
 from qfx.models import MODELS, load_resnet20, train_digits
 from qfx.portable import portable
 from qfx.structure import flatten
-from qfx.tools.bench_calls import call, resized
+from qfx.tools.bench_calls import call, resized, tensors
 from qfx.tools.bench_data import cifar_images, file_of
 from qfx.tools.bench_figures import Figure, Options, Skip, at_least, brief, need
 from qfx.tools.engines import DEFAULT, OPENVINO_EXACT, ORT_EXACT, OnnxRuntime, OpenVino
@@ -95,7 +95,7 @@ def _random(name: str, inputs: int) -> Case:
 
 def _figures(case: Case) -> Iterator[Figure]:
     made: dict[str, tuple[nn.Module, list[list[Tensor]]]] = {}
-    inputs = [_tensors(batch) for batch in case.batches]
+    inputs = [tensors(batch) for batch in case.batches]
     with tempfile.TemporaryDirectory() as folder:
         for recipe, consumer, engine, settings, meaning, bars in RUNS:
             what = f"{case.name}, {recipe}, {engine.name} ({meaning})"  # type: ignore[attr-defined]
@@ -122,15 +122,11 @@ def _control(case: Case, recipe: str, model: nn.Module, wanted: Sequence[Sequenc
 
 def _quantized(case: Case, recipe: str) -> tuple[nn.Module, list[list[Tensor]]]:
     first = case.batches[0]
-    example = {k: v[:1] for k, v in first.items()} if isinstance(first, dict) else tuple(x[:1] for x in _tensors(first))
+    example = {k: v[:1] for k, v in first.items()} if isinstance(first, dict) else tuple(x[:1] for x in tensors(first))
     model = qfx.quantize(
         case.model, example, calibration=case.calibration, recipe=recipe, target="reference", verbose=False
     )
     return model, [flatten(call(model, batch))[0] for batch in case.batches]
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    return [batch] if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, dict) else batch)
 
 
 def _compared(

@@ -5,19 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+WARM_UPS = 3
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """``call`` is timed; ``around`` gives the context that it runs in, which is not."""
+    """``call`` is timed."""
 
     name: str
     call: Callable[[], object]
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -41,24 +44,31 @@ class Times:
 
 
 def take_turns(
-    candidates: Sequence[Candidate], *, rounds: int = 9, seconds: float = 0.25, warm_ups: int = 3
+    candidates: Sequence[Candidate], *, rounds: int = 9, seconds: float = 0.25, warm_ups: int = WARM_UPS
 ) -> Times:
-    """Each round gives every candidate one burst of calls, in rotating order.
+    """Each round gives every candidate of this process one burst of calls, in rotating order. Gradients are off.
 
-    A burst is ``warm_ups`` calls that do not count, which bring the weights back into the cache, and then at least
-    three calls, or as many as fit into ``seconds``. Gradients are off.
+    :func:`qfx.tools.latency_turns.processes_in_turns` does so with candidates that need a process of their own.
     """
     found: dict[str, list[float]] = {c.name: [] for c in candidates}
     with torch.inference_mode():
         for round_ in range(rounds):
-            shift = round_ % len(candidates)
-            for candidate in (*candidates[shift:], *candidates[:shift]):
-                with candidate.around():
-                    found[candidate.name].append(statistics.median(_burst(candidate.call, seconds, warm_ups)))
+            for candidate in rotated(candidates, round_):
+                found[candidate.name].append(statistics.median(burst(candidate.call, seconds, warm_ups)))
     return Times({name: tuple(times) for name, times in found.items()})
 
 
-def _burst(call: Callable[[], object], seconds: float, warm_ups: int) -> list[float]:
+def rotated(candidates: Sequence[T], round_: int) -> list[T]:
+    """The order of a round: each begins with another one."""
+    shift = round_ % len(candidates) if candidates else 0
+    return [*candidates[shift:], *candidates[:shift]]
+
+
+def burst(call: Callable[[], object], seconds: float, warm_ups: int = WARM_UPS) -> list[float]:
+    """The milliseconds of each of at least three calls, or of as many as fit into ``seconds``.
+
+    Before them come ``warm_ups`` calls that do not count, which bring the weights back into the cache.
+    """
     for _ in range(warm_ups):
         call()
     times: list[float] = []

@@ -30,6 +30,7 @@ from qfx.dump_why import nearest
 from qfx.dumping import STAGES
 from qfx.errors import ConfigError, QfxError, QfxWarning
 from qfx.examples import as_example
+from qfx.memory import reused
 from qfx.models import MODELS, MODELS_SMALL
 from qfx.printer import DTYPES
 from qfx.recipe import PRESETS
@@ -81,7 +82,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 where the user can mend what is wrong, which is told on stderr."""
     given = arguments(argv)
-    with warnings.catch_warnings(record=True) as told:
+    with reused(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", QfxWarning)
         try:
             text = shown(given)

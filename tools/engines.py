@@ -19,6 +19,7 @@ from torch import Tensor
 
 ORT_EXACT = {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"}
 OPENVINO_EXACT = {"LP_TRANSFORMS_MODE": "NO"}
+OPENVINO_OWN_PRECISION = {"INFERENCE_PRECISION_HINT": None}
 DEFAULT: dict[str, str] = {}
 
 
@@ -42,15 +43,26 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """A model compiled for the CPU, in float32 where it does not compute in integers, also where there is bfloat16."""
+    """A model compiled for the CPU: that of a file, given by its path, or one of OpenVINO's own class.
+
+    It computes in float32 where it does not in integers, also where there is bfloat16, unless ``settings`` have
+    ``OPENVINO_OWN_PRECISION``: a setting of None is left to OpenVINO.
+    """
 
     name = "OpenVINO"
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, str] = OPENVINO_EXACT) -> None:
+    def __init__(self, model: Any, settings: Mapping[str, str | None] = OPENVINO_EXACT) -> None:
         openvino: Any = importlib.import_module("openvino")
-        given = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self._model = openvino.Core().compile_model(os.fspath(path), "CPU", {**given, **settings})
+        source = os.fspath(model) if isinstance(model, str | os.PathLike) else model
+        given = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), **settings}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        self._model = openvino.Core().compile_model(source, "CPU", chosen)
+
+    @property
+    def precision(self) -> str:
+        """What floats are computed in: ``"f32"``, ``"bf16"`` or ``"f16"``."""
+        return str(self._model.get_property("INFERENCE_PRECISION_HINT").to_string())
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        results = self._model([x.numpy() for x in inputs])
+        results = self._model([x.numpy() for x in inputs], share_outputs=True)
         return [torch.from_numpy(results[i].copy()) for i in range(len(self._model.outputs))]

@@ -28,6 +28,7 @@ OPTIONAL = (
     "onnxscript",
     "onnxruntime",
     "openvino",
+    "nncf",
     "scikit-learn",
     "psutil",
 )
@@ -54,6 +55,22 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def machine() -> list[tuple[str, str]]:
+    """What figures of speed hold for: name and value of each fact, in the order in which benchmarks print them."""
+    return [
+        ("qfx, torch", f"{qfx.__version__}, {torch.__version__}"),
+        ("cpu", cpu_model()),
+        ("features", features()),
+        ("vnni", "yes" if cpu.onednn_has_vnni() else "no"),
+        ("threads", str(torch.get_num_threads())),
+    ]
+
+
+def features() -> str:
+    """Those of :data:`FEATURES` that this CPU has."""
+    return " ".join(name for name in FEATURES if name in cpu.cpu_features()) or "-"
+
+
 def facts() -> list[tuple[str, str]]:
     """Name and value of every fact, in the order in which they are printed."""
     onednn = "available" if torch.backends.mkldnn.is_available() else "not built into this torch"
@@ -64,7 +81,7 @@ def facts() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} ({platform.python_implementation()})"),
         ("os", platform.platform()),
         ("cpu", cpu_model()),
-        ("features", " ".join(name for name in FEATURES if name in cpu.cpu_features()) or "-"),
+        ("features", features()),
         ("vnni", "yes" if cpu.onednn_has_vnni() else "no: oneDNN's uint8 x int8 kernels may saturate"),
         ("capability", torch.backends.cpu.get_cpu_capability()),
         ("threads", f"{torch.get_num_threads()} of torch, {os.cpu_count()} logical cores"),

@@ -19,11 +19,14 @@ from qfx.targets.base import (
     Target,
     requantization,
 )
+from qfx.targets.native import Native
 from qfx.targets.reference import Reference
 from qfx.targets.x86 import X86
 
-TARGETS: dict[str, Target] = {X86.name: X86(), Reference.name: Reference()}
-"""Those of qfx itself, in order of preference: ``target="auto"`` takes the first that this machine can run."""
+TARGETS: dict[str, Target] = {X86.name: X86(), Reference.name: Reference(), Native.name: Native()}
+"""Those of qfx itself, in order of preference: ``target="auto"`` takes the first that this machine can run.
+
+``native`` has to be asked for: its programs are compiled, which takes seconds."""
 
 
 def _made(plugin: object) -> Target:
@@ -77,6 +80,7 @@ __all__ = [
     "DynamicQParams",
     "Leaf",
     "LookupRegion",
+    "Native",
     "PointRegion",
     "QParams",
     "Slot",

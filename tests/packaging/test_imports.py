@@ -86,6 +86,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "origin",
         "patterns",
         "pipeline",
+        "plain_results",
         "portable",
         "printer",
         "qconfig_mapping",

@@ -22,9 +22,10 @@ from qfx.tools.bench_cost import _medians, _memory_figures
 from qfx.tools.bench_data import cifar_images, file_of
 from qfx.tools.bench_figures import Bar, Figure, Options, Skip, at_least, at_most, need, table
 from qfx.tools.bench_fx_mode import engine, quantize_fx
-from qfx.tools.bench_latency import Case, latency
 from qfx.tools.bench_parity import parity
 from qfx.tools.bench_timing import Candidate, Times, take_turns
+from qfx.tools.latency_figures import Case, latency
+from qfx.tools.latency_result import Result, Row
 
 REFERENCE = Options(target="reference")
 
@@ -208,13 +209,29 @@ def test_the_backend_gives_the_numbers_of_quantize() -> None:
 
 
 def test_latency_compares_with_every_candidate() -> None:
-    cases = [Case("resnet20", {"FX onednn": at_least(0.0)}, ("onednn", "steam"))]
-    rows = list(latency(REFERENCE, cases=cases, models=MODELS_SMALL, rounds=1, seconds=0.0))
+    asked = []
+
+    def measure(model: str, batch: int, names: list[str], *, threads: int) -> Result:
+        asked.append((model, batch, names, threads))
+        times = {"qfx reference": 2.0, "fp32 eager": 3.0, "torch_fx onednn": 1.0}
+        rows = tuple(Row(name, name.startswith("qfx"), "", 30.0, ((ms,),)) for name, ms in times.items())
+        return Result(model, batch, rows, {"torch_fx x86": "no quantized engine"})
+
+    cases = [Case("resnet20", {"torch_fx onednn": at_least(1.0)})]
+    rows = list(latency(REFERENCE, cases=cases, measure=measure))
+    names = ["qfx reference", "fp32 eager", "torch_fx onednn", "torch_fx x86"]
+    assert asked == [("resnet20", 1, names, torch.get_num_threads())]
     found = {row.what: row for row in rows}
-    assert set(found) == {"resnet20 over fp32 eager", "resnet20 over FX onednn", "resnet20 over FX steam"}
-    assert "no quantized engine" in found["resnet20 over FX steam"].note
-    value = found["resnet20 over fp32 eager"].value
-    assert value is not None and value > 0
+    assert found["resnet20 over fp32 eager"].value == 1.5
+    assert "qfx reference 2 ms" in found["resnet20 over fp32 eager"].note
+    assert found["resnet20 over torch_fx onednn"].verdict == "MISSED"
+    assert found["resnet20 over torch_fx x86"] == Figure.skip("resnet20 over torch_fx x86", "no quantized engine")
+
+
+def test_latency_fails_where_qfx_does() -> None:
+    found = Result("resnet20", 1, (), {"qfx reference": "no luck"})
+    with pytest.raises(RuntimeError, match="resnet20 on qfx reference: no luck"):
+        next(latency(REFERENCE, cases=[Case("resnet20", {})], measure=lambda *_, **__: found))
 
 
 # --- real data, in miniature ----------------------------------------------------------------------

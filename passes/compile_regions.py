@@ -1,0 +1,227 @@
+"""Gather what the native engine has kernels for into regions, each of which becomes one program.
+
+Before::
+
+    %q = qfx.quantize(%x, ...)
+    %conv = StaticLeaf<conv1>(%q)
+    %pool = LoopLeaf<pool>(%conv)
+    %odd = some_operator(%pool)
+
+After::
+
+    %native = NativeRegion<native>(%x)
+    %odd = some_operator(%native)
+
+The region keeps the lowered graph of its nodes, and runs that where no program can be. Declines, with a note, what has
+no native kernel, and regions without a layer: they would save nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from qfx import jit
+from qfx.attributes import drop_unused, free_path, set_module, set_tensor
+from qfx.graph_module import CapturedModule
+from qfx.meta import add_notes, describe, info, update, value
+from qfx.operators import tensor_inputs
+from qfx.patterns import NoMatch
+from qfx.rewrite import erase_dead
+from qfx.stage import Stage
+from qfx.targets import Leaf
+from qfx.targets.native.operators import operator_of
+from qfx.targets.native.region import NativeRegion
+from qfx.targets.native.tuning import Tune
+from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
+from qfx.targets.x86_static import StaticLeaf
+from qfx.verify import leaf_of
+
+
+@dataclass(frozen=True)
+class CompileRegions:
+    """Puts regions in place of what has native kernels. ``isa`` and ``tune`` as of :class:`qfx.targets.Native`."""
+
+    isa: str | None = None
+    tune: Tune | None = None
+
+    name: ClassVar[str] = "compile-regions"
+    stage: ClassVar[tuple[Stage, Stage]] = (Stage.LOWERED, Stage.LOWERED)
+    writes: ClassVar[frozenset[str]] = frozenset({"fused", "reason"})
+
+    def run(self, gm: fx.GraphModule) -> int:
+        if (reason := jit.unavailable()) is not None:
+            add_notes(gm, "not native", [reason])
+            return 0
+        misses: list[NoMatch] = []
+        groups = [group for group in _groups(gm, misses) if any(_is_layer(gm, node) for node in group)]
+        for group in groups:
+            _replace(gm, group, self)
+        _let_go(gm)
+        add_notes(gm, "not native", [str(miss) for miss in misses])
+        return len(groups)
+
+
+def _is_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
+    leaf = leaf_of(gm, node)
+    return isinstance(leaf, StaticLeaf | NativeWeightOnlyLeaf)
+
+
+def _is_size(node: fx.Node) -> bool:
+    """True for arithmetic on sizes, which every region does for itself."""
+    return node.op == "call_function" and not isinstance(value(node), Tensor | tuple | list)
+
+
+def _groups(gm: fx.GraphModule, misses: list[NoMatch]) -> list[list[fx.Node]]:
+    """Nodes of each region, in order.
+
+    A node's depth counts how often the way to it goes from nodes with a native form to such without, or back. Between
+    two nodes of one depth no way leads through another kind, so that a region can be called as a whole.
+    """
+    depth: dict[fx.Node, int] = {}
+    found: dict[int, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_module") or _is_size(node):
+            depth[node] = max((depth[n] for n in tensor_inputs(node)), default=0)
+            continue
+        source = node.args[0] if node.target is operator.getitem else None
+        apart = isinstance(source, fx.Node) and depth[source] % 2 == 0  # one of the results of what is not native
+        reason = "not native" if apart else operator_of(gm, node).refusal(gm, node)
+        native = reason is None
+        if reason is not None and not apart and (node.op == "call_module" or isinstance(value(node), Tensor)):
+            misses.append(NoMatch(reason, node))
+        reached = 0
+        for source in tensor_inputs(node):
+            same = depth[source] % 2 == (1 if native else 0) or source.op == "get_attr"
+            reached = max(reached, depth[source] + (0 if same else 1))
+        depth[node] = reached + ((reached % 2 == 0) if native else (reached % 2 == 1))
+        if native:
+            found.setdefault(depth[node], []).append(node)
+    return list(found.values())
+
+
+def _replace(gm: fx.GraphModule, group: list[fx.Node], how: CompileRegions) -> None:
+    """Call a region in place of ``group``."""
+    inside = set(group)
+    outputs = [node for node in group if any(user not in inside and not _is_size(user) for user in node.users)]
+    sizes_outside = [u for node in group for u in node.users if u not in inside and _is_size(u)]
+    outputs += [node for node in group if node not in outputs and any(node in tensor_inputs(u) for u in sizes_outside)]
+    graph, inputs = _extract(gm, group, outputs)
+    root = nn.Module()
+    for node in graph.nodes:
+        if node.op == "call_module":
+            set_module(root, str(node.target), gm.get_submodule(str(node.target)))
+        elif node.op == "get_attr":
+            set_tensor(root, str(node.target), _tensor(gm, str(node.target)))
+    path = free_path(gm, "native")
+    set_module(gm, path, NativeRegion(CapturedModule.of(root, graph, "Region"), how.isa, how.tune))
+    for module in root.modules():
+        if isinstance(module, Leaf):
+            module.kernel = _kernel(module)
+    last = group[-1]
+    with gm.graph.inserting_after(last):
+        call = gm.graph.create_node("call_module", path, tuple(inputs), {}, name=path)
+    call.meta.update(describe(last))
+    covers = tuple(name for node in group for name in info(node).fused)
+    update(call, fused=covers, reason="one native program")
+    single = len(outputs) == 1
+    call.meta["val"] = value(outputs[0]) if single else tuple(value(n) for n in outputs)
+    behind = call
+    for i, node in enumerate(outputs):
+        replacement = call
+        if not single:
+            with gm.graph.inserting_after(behind):
+                replacement = behind = gm.graph.call_function(operator.getitem, (call, i))
+            replacement.meta.update(describe(node))
+            replacement.meta["val"] = value(node)
+        node.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in inside)
+    _move_readers(gm.graph, call, behind)
+    for node in reversed(group):
+        if not node.users and not node._erased:
+            erase_dead(gm, node)
+
+
+def _move_readers(graph: fx.Graph, call: fx.Node, behind: fx.Node) -> None:
+    """Put what reads the region's results, and stood before the last of its nodes, behind it."""
+    late = {call, *call.users}
+    for node in list(graph.nodes):
+        if node is call:
+            break
+        if not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
+            behind.append(node)
+            behind = node
+
+
+def _kernel(leaf: Leaf) -> str:
+    """What the table calls the leaf's kernel: the operator with what runs behind it."""
+    operator_name = leaf.kernel.split()[1].split("+")[0].rstrip(",")
+    steps = [name for name, *_ in leaf.calls] if isinstance(leaf, StaticLeaf) else []
+    return "+".join([f"native {operator_name}", *steps])
+
+
+def _let_go(gm: fx.GraphModule) -> None:
+    """Drop the layers that live in regions now; what they hold must stay as it is."""
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    regions = [m for m in map(gm.get_submodule, called) if isinstance(m, NativeRegion)]
+    moved = {m for region in regions for m in region.modules()}
+    for owner_path, owner in list(gm.named_modules()):
+        for name, child in list(owner._modules.items()):
+            path = f"{owner_path}.{name}" if owner_path else name
+            if child in moved and path not in called and isinstance(child, Leaf) and owner not in moved:
+                del owner._modules[name]
+    drop_unused(gm)
+
+
+def _tensor(gm: fx.GraphModule, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    found = getattr(gm.get_submodule(owner), name)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def _extract(
+    gm: fx.GraphModule, group: list[fx.Node], outputs: list[fx.Node]
+) -> tuple[fx.Graph, list[fx.Node]]:
+    """A graph of ``group`` and the nodes that its placeholders stand for."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    inputs: list[fx.Node] = []
+    inside = set(group)
+    wanted = sorted(_sources(group, inside), key=list(gm.graph.nodes).index)
+    for node in wanted:
+        made[node] = placeholder = graph.placeholder(node.name)
+        placeholder.meta.update(node.meta)
+        inputs.append(node)
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in made:
+            for source in tensor_inputs(node):
+                copy(source)
+            made[node] = graph.node_copy(node, lambda n: made[n])
+        return made[node]
+
+    for node in group:
+        copy(node)
+    results: Any = tuple(made[node] for node in outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    return graph, inputs
+
+
+def _sources(group: list[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    """Tensors from outside that the group reads, by way of sizes too."""
+    found: set[fx.Node] = set()
+    todo = list(group)
+    while todo:
+        for source in tensor_inputs(todo.pop()):
+            if source in inside or source.op == "get_attr":
+                continue
+            if _is_size(source):
+                todo.append(source)
+            else:
+                found.add(source)
+    return found

@@ -1,0 +1,45 @@
+"""How a layer is computed, where there is a choice: its kernel, and the sizes of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """None leaves a value to the kernel.
+
+    ``kernel``: a name of :data:`qfx.targets.native.layers.KERNELS`. ``scale``: of its blocks of output positions, to
+    what it takes by itself. ``parts``: into how many parts the channels are split between threads.
+    """
+
+    kernel: str | None = None
+    scale: float | None = None
+    parts: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The values that are given, for JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def of(cls, plain: Any) -> Choice:
+        """What :meth:`plain` gave; leaves all open where it is anything else."""
+        names = cls.__dataclass_fields__
+        if not isinstance(plain, dict) or not plain.keys() <= names.keys():
+            return cls()
+        types = {"kernel": str, "scale": float, "parts": int}
+        fits = all(isinstance(value, types[name]) for name, value in plain.items())
+        return cls(**plain) if fits else cls()
+
+
+@dataclass(frozen=True)
+class Vary:
+    """Layers, by the names of their nodes, that a program shall compute in all ways, one behind the other.
+
+    ``scales``: as :attr:`Choice.scale`. ``parts``: try both, one and one for each thread.
+    """
+
+    layers: frozenset[str]
+    scales: tuple[float, ...]
+    parts: bool

@@ -1,0 +1,28 @@
+"""Generated C++, compiled together with the headers of the native engine."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qfx import jit
+from qfx.errors import NativeError
+
+HEADERS = Path(jit.__file__).parent / "csrc" / "native"
+
+
+def load(text: str, flags: tuple[str, ...] = ()) -> Any:
+    """The library of one translation unit; ``flags`` are further ones for the compiler.
+
+    Raises:
+        NativeError: there is no compiler, or it failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="qfx-") as folder:
+        unit = Path(folder) / "native.cpp"
+        unit.write_text(text, encoding="utf-8")
+        headers = sorted([*HEADERS.glob("*.h"), *HEADERS.parent.glob("*.h")])
+        library = jit.load((unit, *headers), flags=(f"-I{HEADERS}", *flags))
+    if library is None:
+        raise NativeError(f"there is no compiler: {jit.unavailable()}", hint="install g++, or use target='x86'")
+    return library

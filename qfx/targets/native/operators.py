@@ -1,0 +1,58 @@
+"""Which operators of a lowered graph have a native form."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qfx.operators import name_of
+from qfx.ops import dequantize, quantize
+from qfx.targets.native.emitter import Emitter, NotNative, Operator
+from qfx.targets.native.floats import FLOATS
+from qfx.targets.native.joins import JOIN
+from qfx.targets.native.layers import LAYER
+from qfx.targets.native.moves import MOVE, MOVES
+from qfx.targets.native.pads import PAD
+from qfx.targets.native.points import ADAPTIVE, BINARY, DEQUANTIZE, MAX_POOL, MEAN_POOL, QUANTIZE, TABLE
+from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
+from qfx.targets.native.weight_only_layer import WEIGHT_ONLY
+from qfx.targets.x86_point import LoopLeaf, TableLeaf
+from qfx.targets.x86_static import StaticLeaf
+
+_LOOPS = {
+    "_add": BINARY,
+    "_mul": BINARY,
+    "_max_pool": MAX_POOL,
+    "_avg_pool": MEAN_POOL,
+    "_adaptive_avg_pool": ADAPTIVE,
+    "_mean": ADAPTIVE,
+    "_pad": PAD,
+}
+"""By the rows of x86's loops and moves."""
+
+
+def _nothing(emitter: Emitter, node: fx.Node) -> None:
+    raise NotNative(f"{node} has no native form")
+
+
+NONE = Operator(lambda gm, node: "no native kernel", _nothing)
+
+
+def operator_of(gm: fx.GraphModule, node: fx.Node) -> Operator:
+    """How ``node`` gets into a program; :data:`NONE` where it does not."""
+    if node.op == "call_module":
+        leaf = gm.get_submodule(str(node.target))
+        if isinstance(leaf, StaticLeaf):
+            return LAYER
+        if isinstance(leaf, NativeWeightOnlyLeaf):
+            return WEIGHT_ONLY
+        if isinstance(leaf, TableLeaf):
+            return TABLE
+        return _LOOPS.get(leaf.row.__name__, NONE) if isinstance(leaf, LoopLeaf) else NONE
+    if node.target is quantize:
+        return QUANTIZE
+    if node.target is dequantize:
+        return DEQUANTIZE
+    name = name_of(node)
+    if name in ("cat", "stack"):
+        return JOIN
+    return MOVE if name in MOVES else FLOATS.get(name, NONE)

@@ -1,0 +1,58 @@
+"""Which kernel and which block sizes each layer of a region is fastest with, by measurement.
+
+One program has every layer in all its variants, one behind the other, each writing the same output; its steps are timed
+in their own surroundings, with the caches as the layers before have left them. What was found is kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor, fx
+
+from qfx.targets.native import tuning_cache
+from qfx.targets.native.choice import Choice, Vary
+from qfx.targets.native.compiled import build, emitted
+from qfx.targets.native.isa import Isa
+
+Tune = Literal["fast", "full"]
+
+SCALES: dict[Tune, tuple[float, ...]] = {"fast": (0.5, 1.0, 2.0), "full": (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)}
+"""Sizes of blocks that are tried, to what a kernel takes by itself."""
+
+RUNS: dict[Tune, int] = {"fast": 5, "full": 20}
+"""The least time of so many runs counts."""
+
+
+def tune(gm: fx.GraphModule, inputs: Sequence[Tensor], isa: Isa, level: Tune) -> dict[str, Choice]:
+    """The best choice for each layer, by its node's name.
+
+    Raises:
+        NotNative: as :func:`qfx.targets.native.compiled.build`.
+        NativeError: the compiler failed.
+    """
+    known = tuning_cache.read()
+    steps = emitted(gm, inputs, isa)[0].program.steps
+    keys = {step.source: f"{level} {isa.name} {inputs[0].shape[0]} {step.layer}" for step in steps if step.layer}
+    open_ = {source for source, key in keys.items() if key not in known}
+    if open_:
+        found = _measure(gm, inputs, isa, level, open_)
+        known |= {keys[source]: choice.plain() for source, choice in found.items()}
+        tuning_cache.add({keys[source]: choice.plain() for source, choice in found.items()})
+    return {source: Choice.of(known[key]) for source, key in keys.items() if key in known}
+
+
+def _measure(
+    gm: fx.GraphModule, inputs: Sequence[Tensor], isa: Isa, level: Tune, layers: set[str]
+) -> Mapping[str, Choice]:
+    """Time the variants of ``layers``."""
+    program = build(gm, inputs, isa, vary=Vary(frozenset(layers), SCALES[level], parts=level == "full"))
+    contiguous = [x.contiguous() for x in inputs]
+    times = [program.profile(*contiguous) for _ in range(RUNS[level])]
+    least = [min(run[i] for run in times) for i in range(len(program.steps))]
+    best: dict[str, tuple[int, Choice]] = {}
+    for step, time in zip(program.steps, least, strict=True):
+        if step.choice is not None and (step.source not in best or time < best[step.source][0]):
+            best[step.source] = (time, step.choice)
+    return {source: choice for source, (_, choice) in best.items()}

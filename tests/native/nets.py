@@ -1,0 +1,115 @@
+"""Nets for the native engine: many small branches in one program, since compiling one takes seconds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import qfx
+from qfx.targets.native.agreement import Disagreement, compare
+from qfx.targets.native.inlined import inlined, regions_of
+from qfx.targets.native.region import NativeRegion
+
+RELATIVE = 1e-5
+"""Of floats: the greatest difference by the greatest magnitude."""
+
+
+class Net(nn.Module):
+    """``Net(lambda self, x: ..., conv=nn.Conv2d(...))``."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self._forward(self, *inputs)
+
+
+class Branches(nn.Module):
+    """All branches on the same inputs; a tuple of their results."""
+
+    def __init__(self, **branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(branch(*inputs) for branch in self.branches.values())
+
+
+def native(model: nn.Module, *example: Tensor, recipe: Any = "int8", **options: Any) -> fx.GraphModule:
+    """The model on the native engine, calibrated on the example alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = qfx.quantize(model.eval(), example, target="native", recipe=recipe, verbose=False, **options)
+    assert isinstance(made, fx.GraphModule)
+    return made
+
+
+def region_of(gm: nn.Module) -> NativeRegion:
+    """The only region."""
+    (region,) = regions_of(gm).values()  # type: ignore[arg-type]
+    return region
+
+
+def calls_of(gm: nn.Module, *inputs: Tensor) -> list[tuple[NativeRegion, tuple[Tensor, ...]]]:
+    """What every region is called with when the model runs."""
+    found: list[tuple[NativeRegion, tuple[Tensor, ...]]] = []
+
+    def note(region: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(region, NativeRegion)
+        found.append((region, args))
+
+    handles = [region.register_forward_pre_hook(note) for region in regions_of(gm).values()]  # type: ignore[arg-type]
+    try:
+        with torch.no_grad():
+            gm(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def disagreements(gm: nn.Module, *inputs: Tensor, regions: int = 1) -> list[Disagreement]:
+    """Every value of the programs against the reference, none of which may have been declined."""
+    calls = calls_of(gm, *inputs)
+    assert len(calls) == regions
+    found = []
+    for region, args in calls:
+        values = compare(region, args, exact=True)
+        assert values, f"no program: {list(region.declined.values())}"
+        found += values
+    return found
+
+
+def assert_agrees(gm: nn.Module, *inputs: Tensor, regions: int = 1, lsb: int = 0) -> list[Disagreement]:
+    """Every value is the reference's, integers to ``lsb``; and the outputs are near those of the graph of leaves."""
+    found = disagreements(gm, *inputs, regions=regions)
+    off = {d.node.name: d for d in found if (d.lsb or 0) > lsb or (d.relative or 0.0) > RELATIVE}
+    assert not off, off
+    with torch.no_grad():
+        assert_near(gm(*inputs), inlined(gm)(*inputs))  # type: ignore[arg-type]
+    return found
+
+
+def flat(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    parts: Sequence[Any] = list(values.values()) if isinstance(values, dict) else values
+    return [tensor for part in parts for tensor in flat(part)]
+
+
+def assert_near(got: Any, expected: Any, tolerance: float = 0.05) -> None:
+    """Integers that differ by one on the way move a result a little: this sees what is wrong, not what is rounded."""
+    left, right = flat(got), flat(expected)
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        if one.numel():
+            off = (one.double() - other.double()).abs().max()
+            assert off <= tolerance * other.double().abs().max() + 1e-6, float(off)

@@ -1,0 +1,93 @@
+"""Which sizes of a graph's values are the batch."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch import fx
+
+from qfx.targets.native.emitter import NotNative
+from qfx.targets.native.shapes import sizes_of
+from qfx.targets.native.views import BATCH
+
+aten = torch.ops.aten
+
+
+def graph_of(*calls: tuple[object, ...]) -> fx.GraphModule:
+    """``x`` and ``y`` in, then calls whose arguments name earlier values by their numbers as strings."""
+    graph = fx.Graph()
+    values = {"x": graph.placeholder("x"), "y": graph.placeholder("y")}
+    last = values["x"]
+    for number, (target, *args) in enumerate(calls):
+        given = fx.map_arg([_at(values, a) for a in args], lambda n: n)
+        last = graph.call_function(target, tuple(given))  # type: ignore[arg-type]
+        values[str(number)] = last
+    graph.output(last)
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _at(values: dict[str, fx.Node], arg: object) -> object:
+    if isinstance(arg, list):
+        return [_at(values, a) for a in arg]
+    return values.get(arg, arg) if isinstance(arg, str) else arg
+
+
+X, Y = torch.zeros(7, 4, 6), torch.zeros(7, 3, dtype=torch.int64)
+
+
+def sizes(gm: fx.GraphModule, *inputs: torch.Tensor) -> dict[str, object]:
+    return {node.name: size for node, size in sizes_of(gm, inputs).items()}
+
+
+def test_the_batch_is_found_wherever_it_goes() -> None:
+    gm = graph_of(
+        (aten.permute.default, "x", [1, 0, 2]),
+        (aten.view.default, "0", [4, -1, 2, 3]),
+        (aten.sym_size.int, "x", 0),
+        (aten.view.default, "x", ["2", 24]),
+        (aten.unbind.int, "x", 1),
+        (operator.getitem, "4", 1),
+    )
+    found = sizes(gm, X, Y)
+    assert list(found.values())[:-1] == [
+        (BATCH, 4, 6),
+        (BATCH, 3),
+        (4, BATCH, 6),
+        (4, BATCH, 2, 3),
+        BATCH,
+        (BATCH, 24),
+        ((BATCH, 6),) * 4,
+        (BATCH, 6),
+    ]
+
+
+def test_sizes_of_the_model_that_are_small_numbers_are_not_the_batch() -> None:
+    """2 and 3 samples are tried: sizes that are 2 and 3 are told from them."""
+    gm = graph_of((aten.view.default, "x", [-1, 2, 3, 2]))
+    found = sizes(gm, torch.zeros(2, 12), torch.zeros(2, 3))
+    assert found["view_default"] == (BATCH, 2, 3, 2) and found["y"] == (BATCH, 3)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 3, 50])
+def test_the_number_of_samples_does_not_matter(samples: int) -> None:
+    gm = graph_of((aten.transpose.int, "x", 0, 1))
+    assert sizes(gm, torch.zeros(samples, 5), torch.zeros(samples, 3))["transpose_int"] == (5, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("calls", "reason"),
+    [
+        ([(aten.view.default, "x", [-1, 6])], "depends on the batch by more than being it"),
+        ([(aten.cat.default, ["x", "x"])], "depends on the batch by more than being it"),
+        ([(aten.slice.Tensor, "x", 0, 1, 9223372036854775807)], "depends on the batch by more than being it"),
+        ([(aten.view.default, "x", [7, 24])], "does not run with other batches"),
+        ([(aten.unbind.int, "x", 0)], "one result for each sample"),
+        ([(aten.mm.default, "y", "x")], "does not run with other batches"),
+        ([(aten.select.int, "x", 1, 0), (aten.t.default, "0"), (aten.matmul.default, "0", "1")], "are the batch"),
+    ],
+)
+def test_sizes_that_mix_with_the_batch(calls: list[tuple[object, ...]], reason: str) -> None:
+    with pytest.raises(NotNative, match=reason):
+        sizes(graph_of(*calls), X, Y)
