@@ -116,6 +116,10 @@ def test_results_are_the_caller_s(images: torch.fx.GraphModule) -> None:
 @pytest.mark.parametrize("recipe", ["xnnpack", pytest.param("tensorrt", marks=pytest.mark.slow)])
 def test_signed_data(stack: Net, recipe: str) -> None:
     """Data of int8, of which tensorrt's have a zero point of zero."""
+    kept = {n: stack.geometries.branches[n] for n in ("stem", "uneven", "larger", "grouped", "depthwise")}
+    if recipe == "xnnpack":  # the fast one is a part of the whole
+        squares = stack.depths.branches["squares"]
+        stack = Net(lambda s, x: (*s.a(x), s.c(s.b(x).relu())), a=Branches(**kept), b=stack.stem, c=squares)
     made = native(stack, torch.randn(4, 3, 9, 7), recipe=recipe)
     assert_agrees(made, torch.randn(3, 3, 9, 7))
 
@@ -225,7 +229,7 @@ def test_residuals() -> None:
         assert sum(bool(d.lsb) for d in found) <= len(found) // 10
 
 
-OFTEN, SELDOM = [(), (4, 3), (1, 4)], [(5,), (1,), (3, 1), (2, 2, 3)]
+OFTEN, SELDOM = [(), (4, 3)], [(1, 4), (5,), (1,), (3, 1), (2, 2, 3)]
 
 
 @pytest.mark.parametrize("shape", [*OFTEN, *(pytest.param(s, marks=pytest.mark.slow) for s in SELDOM)], ids=str)

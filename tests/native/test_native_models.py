@@ -139,7 +139,10 @@ OWN: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "dense_net" else n for n in OWN])
+OFTEN = "squeeze_and_excitation"
+
+
+@pytest.mark.parametrize("name", [OFTEN, *(pytest.param(n, marks=pytest.mark.slow) for n in OWN if n != OFTEN)])
 def test_models_of_our_own(name: str) -> None:
     made = native(OWN[name](), torch.randn(4, 3, 12, 12))
     for batch in (1, 3):

@@ -311,6 +311,7 @@ def run(program: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_forked_children_of_a_parallel_process() -> None:
     assert run(FORK, OMP_NUM_THREADS="2") == "same\n"
 

@@ -23,6 +23,7 @@ from qfx.targets.native.views import BATCH, Element, View
 _DTYPES: dict[Element, torch.dtype] = {
     "uint8_t": torch.uint8,
     "int8_t": torch.int8,
+    "bool": torch.bool,
     "float": torch.float32,
     "int64_t": torch.int64,
 }

@@ -97,8 +97,9 @@ def dense(emitter: Emitter, node: Any, what: fx.Node) -> View:
     return made
 
 
-def _float_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    vals = [value(n) for n in (node, *node.all_input_nodes)]
+def _float_refusal(gm: fx.GraphModule, node: fx.Node, *others: fx.Node) -> str | None:
+    """Why ``node`` has no float kernel, or None; ``others`` are inputs of another type."""
+    vals = [value(n) for n in (node, *node.all_input_nodes) if n not in others]
     if any(v.dtype != torch.float32 for v in vals if isinstance(v, Tensor)):
         return "the native float kernels take float32"
     return None
@@ -152,13 +153,13 @@ def _attention_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     mask = argument(node, 3, "attn_mask")
     if argument(node, 4, "dropout_p", 0.0):
         return "native attention takes no dropout"
-    if mask is not None and (value(mask).dtype != torch.float32 or value(mask).ndim != 4):
-        return "native attention adds masks of floats, [batch, heads, queries, keys]"
+    if mask is not None and (value(mask).dtype not in (torch.float32, torch.bool) or value(mask).ndim != 4):
+        return "native attention takes masks of float32 or bool, [batch, heads, queries, keys]"
     if query.ndim != 4 or key.ndim != 4:
         return "native attention takes [batch, heads, tokens, features]"
     if query.shape[1] != key.shape[1]:
         return "native attention takes as many heads of keys as of queries"
-    return _float_refusal(gm, node)
+    return _float_refusal(gm, node, *([mask] if mask is not None and value(mask).dtype == torch.bool else []))
 
 
 def _attention(emitter: Emitter, node: fx.Node) -> None:
@@ -196,11 +197,31 @@ def _mask(emitter: Emitter, mask: Any, node: fx.Node, keys: int) -> tuple[str, l
     if mask is None:
         return "nullptr, 0, 0, 0", []
     view = emitter.view(mask)
+    if view.element == "bool":
+        view = _additive(emitter, view, node)
     if view.sizes[3] != keys or view.strides[3] != 1:
         raise NotNative(f"{node} adds a mask that is the same for all keys, or not adjacent")
     repeats = [size == 1 for size in view.sizes[:3]]
     strides = [0 if repeat else stride for repeat, stride in zip(repeats, view.strides, strict=False)]
     return f"{pointer(view.buffer, view.offset)}, {', '.join(map(str, strides))}", [view]
+
+
+def _additive(emitter: Emitter, keep: View, node: fx.Node) -> View:
+    """A mask of booleans as floats: 0 where a key is seen, else -inf. Layers that share one share the floats."""
+    from qfx.targets.native.moves import copy
+
+    key = ("mask", keep)
+    if key not in emitter.arranged:
+        whole = keep
+        if not keep.contiguous:
+            whole = emitter.program.tensor("bool", keep.sizes)
+            copy(emitter.program, keep, whole, str(node))
+        added = emitter.arranged[key] = emitter.program.tensor("float", keep.sizes)
+        emitter.program.headers.add("elementwise.h")
+        bytes_ = f"reinterpret_cast<const uint8_t*>({pointer(whole.buffer)})"
+        call = f"f32::additive_mask(team, {bytes_}, {pointer(added.buffer)}, n * {added.buffer.size});"
+        emitter.step(call, [whole], [added], node, "mask")
+    return emitter.arranged[key]
 
 
 def _heads(emitter: Emitter, view: View, node: fx.Node) -> View:

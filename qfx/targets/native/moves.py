@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import fx
 
+from qfx.meta import value
 from qfx.operators import name_of
 from qfx.targets.native.emitter import Emitter, NotNative, Operator
 from qfx.targets.native.images import border_fill
-from qfx.targets.native.program import Program, Step, pointer
+from qfx.targets.native.program import ELEMENTS, Program, Step, pointer
 from qfx.targets.native.views import BATCH, Border, View
 
 MOST_DIMS = 6
@@ -178,4 +180,11 @@ _MOVES: dict[str, Any] = {
 MOVES = frozenset({*_MOVES, "getitem"})
 """Names of the operators that :data:`MOVE` takes."""
 
-MOVE = Operator(lambda gm, node: None, _move)
+def _refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    val = value(node)
+    moved = val if isinstance(val, tuple | list) else (val,)
+    other = next((v.dtype for v in moved if isinstance(v, torch.Tensor) and v.dtype not in ELEMENTS), None)
+    return None if other is None else f"native programs have no {other}"
+
+
+MOVE = Operator(_refusal, _move)

@@ -20,6 +20,7 @@ SLACK = 128
 ELEMENTS: dict[torch.dtype, Element] = {
     torch.uint8: "uint8_t",
     torch.int8: "int8_t",
+    torch.bool: "bool",
     torch.float32: "float",
     torch.int64: "int64_t",
 }

@@ -13,9 +13,9 @@ from typing import Literal
 BATCH = -1
 """Stands among sizes for the number of samples."""
 
-Element = Literal["uint8_t", "int8_t", "float", "int64_t"]
+Element = Literal["uint8_t", "int8_t", "bool", "float", "int64_t"]
 Place = Literal["arena", "input", "output", "constant"]
-BYTES: dict[Element, int] = {"uint8_t": 1, "int8_t": 1, "float": 4, "int64_t": 8}
+BYTES: dict[Element, int] = {"uint8_t": 1, "int8_t": 1, "bool": 1, "float": 4, "int64_t": 8}
 
 
 @dataclass(frozen=True)
