@@ -156,7 +156,7 @@ class Emitter:
         from qfx.targets.native.moves import copy
 
         given = self.program.tensor(ELEMENTS.get(dtype, "uint8_t"), self.size(node), "input")
-        if dtype in (torch.uint8, torch.int8, torch.bool):  # kernels read bytes in whole vectors, beyond the end of the user's own
+        if dtype in (torch.uint8, torch.int8, torch.bool):  # kernels read whole vectors of bytes, beyond the user's own
             self.values[node] = made = self.program.tensor(given.element, given.sizes)
             copy(self.program, given, made, str(node))
         elif dtype in ELEMENTS:
