@@ -33,7 +33,8 @@ from qfx import affine, jit
 from qfx.errors import ConfigError
 
 _CSRC = Path(__file__).parent / "csrc"
-SOURCES = tuple(_CSRC / name for name in ("affine.cpp", "elementwise.cpp", "pool.cpp", "parallel.h", "numerics.h"))
+_UNITS, _HEADERS = "affine.cpp elementwise.cpp pool.cpp", "numerics.h parallel.h pointwise.h pooling.h"
+SOURCES = tuple(_CSRC / name for name in f"{_UNITS} {_HEADERS}".split())
 
 # The C signature of each loop, one letter an argument.
 _C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double, "i": ctypes.c_int}
@@ -57,7 +58,8 @@ _KIND = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
 _INTEGERS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MOST_INTERLEAVED = 4  # channels that qfx_quantize_interleaved takes
-_MOST_SUMMED = 2**23  # so many 8-bit integers can be added in int32
+MOST_SUMMED = 2**23
+"""So many 8-bit integers can be added in int32."""
 
 IntOrInts = int | Sequence[int]
 
@@ -643,7 +645,7 @@ def max_pool(
     """
     image, last = _image(x)
     kernel, strides = _hashable(kernel_size), _hashable(stride)
-    rows, cols = _pool_windows(x.shape[2:], kernel, strides, _hashable(padding), _hashable(dilation), ceil_mode, True)
+    rows, cols = pool_windows(x.shape[2:], kernel, strides, _hashable(padding), _hashable(dilation), ceil_mode, True)
     loops = _loops(image)
     if loops is None:
         out = _aten_max_pool(x, kernel_size, stride, padding, dilation, ceil_mode)
@@ -684,7 +686,7 @@ def avg_pool(
         raise ConfigError("divisor_override must not be zero")
     image, last = _image(x)
     kernel, strides = _hashable(kernel_size), _hashable(stride)
-    rows, cols = _pool_windows(x.shape[2:], kernel, strides, _hashable(padding), 1, ceil_mode, count_include_pad)
+    rows, cols = pool_windows(x.shape[2:], kernel, strides, _hashable(padding), 1, ceil_mode, count_include_pad)
     qparams = (scale, zero_point, out_scale, out_zero_point)
     out = _mean_pool(image, last, qparams, rows, cols, divisor_override or 0, quant_min, quant_max, dtype)
     return out if x.ndim == 4 else out.squeeze(2)
@@ -710,7 +712,7 @@ def adaptive_avg_pool(
     dims = x.ndim - 2
     sizes = (output_size,) * dims if isinstance(output_size, int) else tuple(output_size)
     rows, cols = (
-        _adaptive_windows(size, size if out is None else out)
+        adaptive_windows(size, size if out is None else out)
         for size, out in zip(image.shape[2:], (1, *sizes)[-2:], strict=True)
     )
     qparams = (scale, zero_point, out_scale, out_zero_point)
@@ -757,7 +759,7 @@ def mean(
     # As an image of one row, with the inner dimensions as channels.
     image = dense.permute(order).reshape(outer, 1, count, inner).permute(0, 3, 1, 2)
     qparams = (scale, zero_point, out_scale, out_zero_point)
-    windows = _adaptive_windows(1, 1), _adaptive_windows(count, 1)
+    windows = adaptive_windows(1, 1), adaptive_windows(count, 1)
     pooled = _mean_pool(image, inner > 1, qparams, *windows, 0, quant_min, quant_max, dtype)
     kept = [1 if place in places else size for place, size in enumerate(sizes)]
     out = pooled.reshape(kept).permute(_inverse(order))
@@ -805,7 +807,7 @@ def _hashable(value: IntOrInts | None) -> int | tuple[int, ...] | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _pool_windows(
+def pool_windows(
     sizes: Sequence[int],
     kernel: int | tuple[int, ...] | None,
     stride: int | tuple[int, ...] | None,
@@ -849,7 +851,7 @@ def _windows(
 
 
 @functools.lru_cache(maxsize=1024)
-def _adaptive_windows(size: int, count: int) -> Windows:
+def adaptive_windows(size: int, count: int) -> Windows:
     """The windows of ``count`` outputs that share the whole input; neighbours overlap where it does not divide."""
     edges = ((i * size // count, -(-(i + 1) * size // count)) for i in range(count))
     return Windows([(begin, end, end - begin) for begin, end in edges])
@@ -873,7 +875,7 @@ def _mean_pool(
     if image.dtype not in _INTEGERS or any(value.numel() != 1 for value in qparams):
         raise ConfigError(f"a mean takes uint8 or int8 quantized per tensor, not {image.dtype}")
     loops = _loops(image, *qparams)
-    if loops is None or dtype not in _INTEGERS or image.shape[2] * image.shape[3] > _MOST_SUMMED:
+    if loops is None or dtype not in _INTEGERS or image.shape[2] * image.shape[3] > MOST_SUMMED:
         return _aten_mean_pool(image, last, qparams, rows, cols, divisor_override, quant_min, quant_max, dtype)
     out = _empty_image(image, len(rows), len(cols), dtype, last)
     scale, zero_point, out_scale, out_zero_point = qparams

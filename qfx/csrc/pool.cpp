@@ -1,100 +1,26 @@
-// Pooling of integers over H and W: the maximum, or the mean with requantization.
-//
-// Which inputs an output sees is a table of windows for each of H and W (built by qfx/kernels.py), so that strided,
-// dilated, padded, adaptive and global pooling are one loop.
+// Loops over torch tensors for the pooling of integers; pooling.h says what they compute.
 
-#include <limits>
-#include <type_traits>
 #include <vector>
 
-#include "numerics.h"
 #include "parallel.h"
+#include "pooling.h"
 
 namespace {
 
 using namespace qfx;
-
-struct Window {
-  int32_t begin, end, divisor;  // inputs [begin, end) in steps of the dilation; its share of the divisor
-};
 
 struct Shape {
   int64_t n, c, h, w, out_h, out_w, step_h, step_w;
   const Window *rows, *cols;
 };
 
-inline int64_t taps(const Window& window, int64_t step) {
-  return window.end > window.begin ? (window.end - window.begin + step - 1) / step : 0;
-}
-
-template <class T>
-struct Max {
-  using In = T;
-  using Acc = T;
-  T* out;
-
-  static Acc first() { return std::numeric_limits<T>::lowest(); }
-  static Acc join(Acc a, Acc b) { return a > b ? a : b; }
-  void finish(int64_t at, const Acc* __restrict acc, int64_t n, int64_t, int64_t) const {
-    std::copy(acc, acc + n, out + at);
-  }
-};
-
-template <class T, class Out>
-struct Mean {
-  using In = T;
-  using Acc = int32_t;
-  Out* out;
-  float scale;
-  int32_t zero_point, divisor_override;
-  float inverse, out_zero_point, quant_min, quant_max;
-
-  static Acc first() { return 0; }
-  static Acc join(Acc a, Acc b) { return a + b; }
-  void finish(int64_t at, const Acc* __restrict acc, int64_t n, int64_t count, int64_t area) const {
-    Out* __restrict to = out + at;
-    const int32_t zero = zero_point * static_cast<int32_t>(count);
-    const float divisor = static_cast<float>(divisor_override ? divisor_override : area), s = scale, inv = inverse,
-                offset = out_zero_point, lo = quant_min, hi = quant_max;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i)
-      to[i] = quantized<Out>(static_cast<float>(acc[i] - zero) * s / divisor, inv, offset, lo, hi);
-  }
-};
-
-// Channels innermost: a block of channels stays in registers over its whole window.
 template <class Op>
 void channels_last(const Op& op, const typename Op::In* x, const Shape& s, int threads) {
-  constexpr int64_t kBlock = 64;
+  const Pooling pooling{s.c, s.out_h, s.out_w, s.step_h, s.step_w, s.rows, s.cols, {s.h * s.w * s.c, s.w * s.c, s.c},
+                        {s.out_h * s.out_w * s.c, s.out_w * s.c, s.c}};
   const int64_t cost = s.out_w * s.c * std::max<int64_t>(1, s.h * s.w / (s.out_h * s.out_w));
   parallel_for(s.n * s.out_h, cost, threads, [&](int64_t first, int64_t last) {
-    typename Op::Acc acc[kBlock];
-    for (int64_t line = first; line < last; ++line) {
-      const Window row = s.rows[line % s.out_h];
-      const typename Op::In* image = x + line / s.out_h * s.h * s.w * s.c;
-      for (int64_t j = 0; j < s.out_w; ++j) {
-        const Window col = s.cols[j];
-        const int64_t count = taps(row, s.step_h) * taps(col, s.step_w);
-        const int64_t area = int64_t{row.divisor} * col.divisor;
-        for (int64_t c = 0; c < s.c; c += kBlock) {
-          // The width is a constant in whole blocks: only then does the compiler keep acc in registers.
-          const auto block = [&](auto width) {
-            for (int64_t i = 0; i < width; ++i) acc[i] = Op::first();
-            for (int64_t h = row.begin; h < row.end; h += s.step_h)
-              for (int64_t w = col.begin; w < col.end; w += s.step_w) {
-                const typename Op::In* __restrict in = image + (h * s.w + w) * s.c + c;
-#pragma omp simd
-                for (int64_t i = 0; i < width; ++i) acc[i] = Op::join(acc[i], in[i]);
-              }
-            op.finish((line * s.out_w + j) * s.c + c, acc, width, count, area);
-          };
-          if (s.c - c >= kBlock)
-            block(std::integral_constant<int64_t, kBlock>{});
-          else
-            block(s.c - c);
-        }
-      }
-    }
+    for (int64_t line = first; line < last; ++line) pool_line(op, x, pooling, line);
   });
 }
 

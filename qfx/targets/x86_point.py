@@ -44,12 +44,13 @@ class TableLeaf(Lazy, PointLeaf):
 class LoopLeaf(PointLeaf):
     """An operator that has a C++ loop, or an ATen kernel for integers, behind a row of :data:`LOOPS` or :data:`MOVES`.
 
-    ``named``: the operator's arguments by their ATen names. ``dims``: the only rank that the row takes, or None.
+    ``operator``: its ATen name; ``named``: its arguments by theirs. ``dims``: the only rank that the row takes, or
+    None.
     """
 
     def __init__(self, region: PointRegion, row: Row, kernel: str) -> None:
         super().__init__(region)
-        self.named, self.row, self.kernel = named_arguments(region), row, kernel
+        self.operator, self.named, self.row, self.kernel = region.op.name, named_arguments(region), row, kernel
         self.dims = DIMS.get(region.op.name)
 
     def forward(self, *integers: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from qfx.targets.native.emitter import NotNative
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.shapes import sizes_of
 from qfx.targets.native.views import BATCH
 

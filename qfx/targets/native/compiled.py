@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from qfx.targets.native.choice import Choice, Vary
-from qfx.targets.native.emitter import Emitter, NotNative
+from qfx.targets.native.emitter import Emitter
 from qfx.targets.native.isa import Isa
 from qfx.targets.native.library import load
 from qfx.targets.native.memory_plan import ALIGNMENT
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.operators import operator_of
 from qfx.targets.native.program import SLACK, Program, Step
 from qfx.targets.native.shapes import sizes_of

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qfx.errors import UnsupportedError
+from qfx.attributes import get_tensor
 from qfx.targets.native.choice import Choice, Vary
+from qfx.targets.native.copies import copy
 from qfx.targets.native.isa import Isa
+from qfx.targets.native.join_places import place_in_join
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.program import ELEMENTS, Program, Step
 from qfx.targets.native.views import BATCH, Border, Element, View
 
 Emit = Callable[["Emitter", fx.Node], None]
 Needs = Callable[["Emitter", fx.Node], Mapping[fx.Node, Border]]
-
-
-class NotNative(UnsupportedError):
-    """A region that cannot be a program at these shapes; it runs as the lowered graph does."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,6 @@ class Emitter:
 
     def image(self, node: fx.Node, element: Element) -> View:
         """An image for the value of ``node``: a new one with the border that its readers need, or a place in one."""
-        from qfx.targets.native.joins import place_in_join
-
         placed = place_in_join(self, node, element)
         self.values[node] = made = placed or self.program.image(element, self.size(node), self.border(node))
         return made
@@ -124,7 +121,8 @@ class Emitter:
             if node.op in ("call_function", "call_module"):
                 for source, border in self.operators(self.gm, node).needs(self, node).items():
                     self.borders[source] = self.border(source) | border
-        self.values |= {node: _fetch(self.gm, str(node.target)) for node in nodes if node.op == "get_attr"}
+        constants = [node for node in nodes if node.op == "get_attr"]
+        self.values |= {node: get_tensor(self.gm, str(node.target)).detach() for node in constants}
         for node in nodes:
             if node.op == "get_attr":
                 continue
@@ -153,8 +151,6 @@ class Emitter:
 
     def _input(self, node: fx.Node, dtype: torch.dtype) -> None:
         """An input of the region; one of another type serves for its sizes only."""
-        from qfx.targets.native.moves import copy
-
         given = self.program.tensor(ELEMENTS.get(dtype, "uint8_t"), self.size(node), "input")
         if dtype in (torch.uint8, torch.int8, torch.bool):  # kernels read whole vectors of bytes, beyond the user's own
             self.values[node] = made = self.program.tensor(given.element, given.sizes)
@@ -163,8 +159,6 @@ class Emitter:
             self.values[node] = given
 
     def _output(self, node: fx.Node) -> View:
-        from qfx.targets.native.moves import copy
-
         view = self.view(node)
         if view.buffer.place == "output" and view.contiguous:
             return view
@@ -176,10 +170,3 @@ class Emitter:
         """Add a step that computes ``node``."""
         buffers = tuple(v.buffer for v in reads)
         self.program.add(Step(code, buffers, tuple(v.buffer for v in writes), str(node), kernel, **more))
-
-
-def _fetch(gm: fx.GraphModule, path: str) -> Any:
-    found: Any = gm
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found.detach() if isinstance(found, torch.Tensor) else found

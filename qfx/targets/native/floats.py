@@ -12,10 +12,12 @@ from torch import Tensor, fx
 from qfx.meta import value
 from qfx.operators import argument, name_of
 from qfx.ops import quantize
-from qfx.targets.native.emitter import Emitter, NotNative, Operator
+from qfx.targets.native.copies import dense_of
+from qfx.targets.native.crossings import quantize_refusal
+from qfx.targets.native.emitter import Emitter, Operator
 from qfx.targets.native.epilogues import FUNCTIONS, number
 from qfx.targets.native.moves import MOVES
-from qfx.targets.native.points import quantize_refusal
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.program import ELEMENTS, pointer
 from qfx.targets.native.views import BATCH, Element, View, numel
 
@@ -85,16 +87,10 @@ def natural(emitter: Emitter, node: fx.Node) -> Callable[[Element], View]:
 
 def dense(emitter: Emitter, node: Any, what: fx.Node) -> View:
     """The value of ``node`` as floats in the natural order, copied if need be."""
-    from qfx.targets.native.moves import copy
-
     view = emitter.view(node)
     if view.element != "float":
         raise NotNative(f"{what} reads {view.element}")
-    if view.contiguous and view.batched:
-        return view
-    made = emitter.program.tensor(view.element, view.sizes)
-    copy(emitter.program, view, made, str(what))
-    return made
+    return dense_of(emitter, view, str(what))
 
 
 def _float_refusal(gm: fx.GraphModule, node: fx.Node, *others: fx.Node) -> str | None:
@@ -113,32 +109,24 @@ def _norm_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     return _float_refusal(gm, node) or (None if len(shape) == 1 else "natively, norms are over the last dimension")
 
 
-def _layer_norm(emitter: Emitter, node: fx.Node) -> None:
+def _norm(emitter: Emitter, node: fx.Node) -> None:
+    name = name_of(node)
     x = dense(emitter, node.args[0], node)
-    weight, bias = (_parameter(emitter, argument(node, i, name)) for i, name in ((2, "weight"), (3, "bias")))
-    eps = argument(node, 4, "eps", 1e-5)
+    parameters = [_parameter(emitter, argument(node, i, p)) for i, p in enumerate(PARAMETERS[name], 2)]
+    given = argument(node, 2 + len(parameters), "eps", None if name == "rms_norm" else 1e-5)
+    eps = torch.finfo(torch.float32).eps if given is None else given
     out, made = result(emitter, node, natural(emitter, node))
     cols = x.sizes[-1]
     emitter.program.headers.add("norm.h")
     call = (
-        f"f32::layer_norm(team, {pointer(x.buffer, x.offset)}, nullptr, {weight}, {bias}, {out}, nullptr, "
+        f"f32::{name}(team, {pointer(x.buffer, x.offset)}, nullptr, {', '.join(parameters)}, {out}, nullptr, "
         f"n * {numel(x.sizes) // cols}, {cols}, {number(eps)});"
     )
-    emitter.step(call, [x], made, node, "layer_norm")
+    emitter.step(call, [x], made, node, name)
 
 
-def _rms_norm(emitter: Emitter, node: fx.Node) -> None:
-    x = dense(emitter, node.args[0], node)
-    weight = _parameter(emitter, argument(node, 2, "weight"))
-    eps = argument(node, 3, "eps")
-    out, made = result(emitter, node, natural(emitter, node))
-    cols = x.sizes[-1]
-    emitter.program.headers.add("norm.h")
-    call = (
-        f"f32::rms_norm(team, {pointer(x.buffer, x.offset)}, nullptr, {weight}, {out}, nullptr, "
-        f"n * {numel(x.sizes) // cols}, {cols}, {number(torch.finfo(torch.float32).eps if eps is None else eps)});"
-    )
-    emitter.step(call, [x], made, node, "rms_norm")
+PARAMETERS = {"layer_norm": ("weight", "bias"), "rms_norm": ("weight",)}
+"""Of the norms, as they come behind the shape; eps follows."""
 
 
 def _parameter(emitter: Emitter, node: Any) -> str:
@@ -208,14 +196,9 @@ def _mask(emitter: Emitter, mask: Any, node: fx.Node, keys: int) -> tuple[str, l
 
 def _additive(emitter: Emitter, keep: View, node: fx.Node) -> View:
     """A mask of booleans as floats: 0 where a key is seen, else -inf. Layers that share one share the floats."""
-    from qfx.targets.native.moves import copy
-
     key = ("mask", keep)
     if key not in emitter.arranged:
-        whole = keep
-        if not keep.contiguous:
-            whole = emitter.program.tensor("bool", keep.sizes)
-            copy(emitter.program, keep, whole, str(node))
+        whole = dense_of(emitter, keep, str(node))
         added = emitter.arranged[key] = emitter.program.tensor("float", keep.sizes)
         emitter.program.headers.add("elementwise.h")
         bytes_ = f"reinterpret_cast<const uint8_t*>({pointer(whole.buffer)})"
@@ -226,13 +209,8 @@ def _additive(emitter: Emitter, keep: View, node: fx.Node) -> View:
 
 def _heads(emitter: Emitter, view: View, node: fx.Node) -> View:
     """A view whose features lie side by side."""
-    from qfx.targets.native.moves import copy
-
-    if view.batched and view.strides[3] == 1 and view.element == "float":
-        return view
-    made = emitter.program.tensor("float", view.sizes)
-    copy(emitter.program, view, made, str(node))
-    return made
+    beside = view.batched and view.strides[3] == 1
+    return view if beside else dense_of(emitter, view, str(node))
 
 
 # --- element by element -----------------------------------------------------------------------------------------------
@@ -297,15 +275,13 @@ def _activation(emitter: Emitter, node: fx.Node) -> None:
 _ACTIVATIONS: dict[str, Callable[..., str]] = {**FUNCTIONS, "relu": lambda: "Relu{}"}
 
 
-LAYER_NORM = Operator(_norm_refusal, _layer_norm)
-RMS_NORM = Operator(_norm_refusal, _rms_norm)
+NORM = Operator(_norm_refusal, _norm)
 ATTENTION = Operator(_attention_refusal, _attention)
 FLOAT_BINARY = Operator(_binary_refusal, _binary)
 ACTIVATION = Operator(_activation_refusal, _activation)
 
 FLOATS: dict[str, Operator] = {
-    "layer_norm": LAYER_NORM,
-    "rms_norm": RMS_NORM,
+    **dict.fromkeys(PARAMETERS, NORM),
     "scaled_dot_product_attention": ATTENTION,
     **dict.fromkeys(_BINARY, FLOAT_BINARY),
     **dict.fromkeys(_ACTIVATIONS, ACTIVATION),

@@ -9,11 +9,13 @@ import torch
 from torch import fx
 
 from qfx.meta import value
-from qfx.operators import argument, name_of
-from qfx.targets.native.emitter import Emitter, NotNative, Operator
+from qfx.operators import name_of
+from qfx.targets.native.copies import copy
+from qfx.targets.native.emitter import Emitter, Operator
 from qfx.targets.native.images import border_fill
-from qfx.targets.native.moves import copy
-from qfx.targets.native.views import Border, Element, View
+from qfx.targets.native.join_places import dim_of, is_join_of_channels, whole_of
+from qfx.targets.native.not_native import NotNative
+from qfx.targets.native.views import Border, View
 from qfx.targets.x86_static import StaticLeaf
 
 
@@ -25,57 +27,20 @@ def _refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
-def _dim(node: fx.Node, dims: int) -> int:
-    dim = argument(node, 1, "dim", 0)
-    assert isinstance(dim, int)
-    return dim % dims
-
-
-def is_join_of_channels(node: fx.Node) -> bool:
-    """True for a concatenation of images of bytes along their channels."""
-    if name_of(node) != "cat" or not isinstance(value(node), torch.Tensor):
-        return False
-    return value(node).ndim == 4 and not value(node).dtype.is_floating_point and _dim(node, 4) == 1
-
-
-def place_in_join(emitter: Emitter, node: fx.Node, element: Element) -> View | None:
-    """Where ``node`` writes its image, if all that reads it is a concatenation; else None."""
-    if len(node.users) != 1:
-        return None
-    (join,) = node.users
-    if not is_join_of_channels(join):
-        return None
-    whole = _whole(emitter, join, element)
-    return _part(emitter, join, whole, node)
-
-
-def _whole(emitter: Emitter, join: fx.Node, element: Element) -> View:
-    if join not in emitter.joins:
-        emitter.joins[join] = emitter.program.image(element, emitter.size(join), emitter.border(join))
-    return emitter.joins[join]
-
-
-def _part(emitter: Emitter, join: fx.Node, whole: View, node: fx.Node) -> View:
-    """The channels of ``node`` within the whole, at its first place there."""
-    parts: Any = join.args[0]
-    start = sum(emitter.size(n)[1] for n in parts[: parts.index(node)])
-    return replace(whole.narrow(1, start, emitter.size(node)[1]), border=Border())
-
-
 def _join(emitter: Emitter, node: fx.Node) -> None:
     parts: Any = node.args[0]
     views = [emitter.view(part) for part in parts]
     if name_of(node) == "stack":
-        views = [_unsqueezed(view, _dim(node, len(view.sizes) + 1)) for view in views]
+        views = [_unsqueezed(view, dim_of(node, len(view.sizes) + 1)) for view in views]
     if is_join_of_channels(node) and all(view.channels_last for view in views):
-        whole = _whole(emitter, node, views[0].element)
+        whole = whole_of(emitter, node, views[0].element)
         fill = border_fill(whole, _zero(emitter, node))
         if fill:
             emitter.step(fill, [], [whole], node, "border")
     else:
         whole = emitter.new(node, views[0].element)
     emitter.values[node] = whole
-    dim = _dim(node, len(whole.sizes))
+    dim = dim_of(node, len(whole.sizes))
     if any(not view.batched for view in views) or dim == 0:
         raise NotNative(f"{node} joins along the batch")
     start = 0

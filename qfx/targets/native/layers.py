@@ -14,12 +14,13 @@ from qfx.operators import name_of
 from qfx.targets.base import Step
 from qfx.targets.native.amx_layer import emit_amx, uses_tiles
 from qfx.targets.native.choice import Choice
+from qfx.targets.native.copies import image_of, rows_of
 from qfx.targets.native.depthwise_layer import emit_depthwise, is_depthwise
-from qfx.targets.native.emitter import Emitter, NotNative, Operator
+from qfx.targets.native.emitter import Emitter, Operator
 from qfx.targets.native.epilogues import epilogue_of, refusal
 from qfx.targets.native.isa import Isa
 from qfx.targets.native.layer import Layer, flip_of, geometry_of, steps_of
-from qfx.targets.native.moves import image_of, rows_of
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.packing import DEPTHWISE, by_tile
 from qfx.targets.native.panel_layer import emit_panel
 from qfx.targets.native.program import ELEMENTS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,67 +9,11 @@ from torch import fx
 
 from qfx.meta import value
 from qfx.operators import name_of
-from qfx.targets.native.emitter import Emitter, NotNative, Operator
-from qfx.targets.native.images import border_fill
-from qfx.targets.native.program import ELEMENTS, Program, Step, pointer
-from qfx.targets.native.views import BATCH, Border, View
-
-MOST_DIMS = 6
-
-
-def copy(program: Program, view: View, to: View, source: str, fill: str = "") -> None:
-    """Add a step that copies ``view`` into ``to``, of the same sizes; ``fill``: C++ that runs before."""
-    if not view.batched:
-        raise NotNative(f"{source} cannot be copied: its first dimension is not the batch")
-    inner = _walk(list(zip(view.sizes[1:], view.strides[1:], to.strides[1:], strict=True)))
-    walk = [(1, view.strides[0], to.strides[0]), *inner]
-    if len(walk) > MOST_DIMS:
-        raise NotNative(f"{source} cannot be copied: it has too many dimensions")
-    braces = ", ".join(f"{{{', '.join(map(str, numbers))}}}" for numbers in zip(*walk, strict=True))
-    plan = program.declare("Copy", "copy", f"{{{len(walk)}, {braces}}}")
-    code = f"{fill}\ncopy(team, {plan}, n, {pointer(view.buffer, view.offset)}, {pointer(to.buffer, to.offset)});"
-    program.headers.add("copy.h")
-    program.add(Step(code, (view.buffer,), (to.buffer,), source, "copy"))
-
-
-def _walk(dims: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """``(size, step, step)`` of dimensions, those that both sides walk through as one joined; at least one."""
-    found: list[tuple[int, int, int]] = []
-    for size, source, target in dims:
-        if size == 1:
-            continue
-        if found and found[-1][1:] == (size * source, size * target):
-            found[-1] = (found[-1][0] * size, source, target)
-        else:
-            found.append((size, source, target))
-    return found or [(1, 1, 1)]
-
-
-def image_of(emitter: Emitter, view: View, source: str, border: Border = Border(), zero: int = 0) -> View:  # noqa: B008
-    """``view``, ``[BATCH, C, H, W]``, as an image whose channels lie side by side, copied if need be.
-
-    ``border``: what has to be around it at least, filled with ``zero``.
-    """
-    if view.channels_last and view.border.holds(border):
-        return view
-    made = emitter.program.image(view.element, view.sizes, border)
-    copy(emitter.program, view, made, source, border_fill(made, zero))
-    return made
-
-
-def rows_of(emitter: Emitter, view: View, source: str) -> View:
-    """``view``, ``[BATCH, ..., C]``, as an image of one row ``[BATCH, C, 1, rows]``, copied if need be."""
-    if not view.batched or len(view.sizes) < 2:
-        raise NotNative(f"the first dimension that {source} reads is not the batch")
-    sizes = (BATCH, 1, math.prod(view.sizes[1:-1]), view.sizes[-1])
-    flat = view.reshape(sizes)
-    if flat is None or (flat.strides[-1] != 1 and sizes[-1] != 1):
-        dense = emitter.program.tensor(view.element, view.sizes)
-        copy(emitter.program, view, dense, source)
-        flat = dense.reshape(sizes)
-    if flat is None:
-        raise NotNative(f"{source} reads nothing")
-    return flat.permute((0, 3, 1, 2))
+from qfx.targets.native.copies import dense_of
+from qfx.targets.native.emitter import Emitter, Operator
+from qfx.targets.native.not_native import NotNative
+from qfx.targets.native.program import ELEMENTS
+from qfx.targets.native.views import BATCH, View
 
 
 def _move(emitter: Emitter, node: fx.Node) -> None:
@@ -87,9 +30,7 @@ def _reshape(emitter: Emitter, node: fx.Node, view: View) -> View:
     made = view.reshape(sizes)
     if made is not None:
         return made
-    dense = emitter.program.tensor(view.element, view.sizes)
-    copy(emitter.program, view, dense, str(node))
-    made = dense.reshape(sizes)
+    made = dense_of(emitter, view, str(node)).reshape(sizes)
     if made is None:
         raise NotNative(f"{node} mixes the batch with other dimensions")
     return made
@@ -179,6 +120,7 @@ _MOVES: dict[str, Any] = {
 
 MOVES = frozenset({*_MOVES, "getitem"})
 """Names of the operators that :data:`MOVE` takes."""
+
 
 def _refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     val = value(node)

@@ -6,28 +6,27 @@ from torch import fx
 
 from qfx.operators import name_of
 from qfx.ops import dequantize, quantize
-from qfx.targets.native.emitter import Emitter, NotNative, Operator
+from qfx.targets.native.crossings import DEQUANTIZE, QUANTIZE
+from qfx.targets.native.emitter import Emitter, Operator
 from qfx.targets.native.floats import FLOATS
 from qfx.targets.native.joins import JOIN
 from qfx.targets.native.layers import LAYER
 from qfx.targets.native.moves import MOVE, MOVES
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.pads import PAD
-from qfx.targets.native.points import ADAPTIVE, BINARY, DEQUANTIZE, MAX_POOL, MEAN_POOL, QUANTIZE, TABLE
+from qfx.targets.native.points import BINARY, TABLE
+from qfx.targets.native.pools import POOL, WINDOWS
 from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
 from qfx.targets.native.weight_only_layer import WEIGHT_ONLY
 from qfx.targets.x86_point import LoopLeaf, TableLeaf
 from qfx.targets.x86_static import StaticLeaf
 
 _LOOPS = {
-    "_add": BINARY,
-    "_mul": BINARY,
-    "_max_pool": MAX_POOL,
-    "_avg_pool": MEAN_POOL,
-    "_adaptive_avg_pool": ADAPTIVE,
-    "_mean": ADAPTIVE,
-    "_pad": PAD,
+    **dict.fromkeys(("add", "mul"), BINARY),
+    **dict.fromkeys(WINDOWS, POOL),
+    **dict.fromkeys(("pad", "constant_pad_nd"), PAD),
 }
-"""By the rows of x86's loops and moves."""
+"""What x86 has C++ loops for, and moves."""
 
 
 def _nothing(emitter: Emitter, node: fx.Node) -> None:
@@ -47,7 +46,7 @@ def operator_of(gm: fx.GraphModule, node: fx.Node) -> Operator:
             return WEIGHT_ONLY
         if isinstance(leaf, TableLeaf):
             return TABLE
-        return _LOOPS.get(leaf.row.__name__, NONE) if isinstance(leaf, LoopLeaf) else NONE
+        return _LOOPS.get(leaf.operator, NONE) if isinstance(leaf, LoopLeaf) else NONE
     if node.target is quantize:
         return QUANTIZE
     if node.target is dequantize:

@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from qfx.meta import value
-from qfx.targets.native.emitter import Emitter, NotNative, Operator
-from qfx.targets.native.moves import copy
+from qfx.targets.native.copies import copy
+from qfx.targets.native.emitter import Emitter, Operator
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.program import pointer
 from qfx.targets.native.views import Border
 from qfx.targets.x86_point import LoopLeaf

@@ -15,9 +15,9 @@ from qfx.targets.base import Leaf
 from qfx.targets.lazy import runs_here
 from qfx.targets.native.call import number_of
 from qfx.targets.native.compiled import Compiled, build
-from qfx.targets.native.emitter import NotNative
 from qfx.targets.native.float_twin import FloatTwin, Times, compare_times
 from qfx.targets.native.isa import find
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.tuning import Tune, tune
 
 _LOG = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qfx.meta import set_value, value
-from qfx.targets.native.emitter import NotNative
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.views import BATCH
 
 _SAMPLES = (2, 3)  # neither 0 nor 1, which shape functions take for special

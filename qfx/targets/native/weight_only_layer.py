@@ -6,9 +6,10 @@ import torch
 from torch import fx
 
 from qfx.meta import value
-from qfx.targets.native.emitter import Emitter, NotNative, Operator
+from qfx.targets.native.emitter import Emitter, Operator
 from qfx.targets.native.epilogues import number
 from qfx.targets.native.floats import dense
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.program import pointer
 from qfx.targets.native.views import View, numel
 from qfx.targets.native.weight_only import NativeWeightOnlyLeaf, library
