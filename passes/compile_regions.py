@@ -19,24 +19,22 @@ no native kernel, and regions without a layer: they would save nothing.
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from qfx import jit
-from qfx.attributes import drop_unused, free_path, set_module, set_tensor
+from qfx.attributes import drop_unused, free_path, get_tensor, set_module, set_tensor
 from qfx.graph_module import CapturedModule
 from qfx.meta import add_notes, describe, info, update, value
 from qfx.operators import tensor_inputs
 from qfx.patterns import NoMatch
-from qfx.rewrite import erase_dead
 from qfx.stage import Stage
-from qfx.targets import Leaf
-from qfx.targets.native.operators import operator_of
+from qfx.targets.native.choice import Tune
 from qfx.targets.native.region import NativeRegion
-from qfx.targets.native.tuning import Tune
 from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
 from qfx.targets.x86_static import StaticLeaf
 from qfx.verify import leaf_of
@@ -61,7 +59,7 @@ class CompileRegions:
         groups = [group for group in _groups(gm, misses) if any(_is_layer(gm, node) for node in group)]
         for group in groups:
             _replace(gm, group, self)
-        _let_go(gm)
+        drop_unused(gm)
         add_notes(gm, "not native", [str(miss) for miss in misses])
         return len(groups)
 
@@ -77,51 +75,59 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _groups(gm: fx.GraphModule, misses: list[NoMatch]) -> list[list[fx.Node]]:
-    """Nodes of each region, in order.
+    """The nodes of each region, in order.
 
-    A node's depth counts how often the way to it goes from nodes with a native form to such without, or back. Between
-    two nodes of one depth no way leads through another kind, so that a region can be called as a whole.
+    A node's depth counts how often the way to it changes sides, between nodes with a native form (odd depths) and such
+    without (even ones). No way between two nodes of one depth leads through the other side, so that all nodes of an odd
+    depth can be called as a whole.
     """
     depth: dict[fx.Node, int] = {}
-    found: dict[int, list[fx.Node]] = {}
+    found: defaultdict[int, list[fx.Node]] = defaultdict(list)
     for node in gm.graph.nodes:
+        before = {n: depth[n] for n in tensor_inputs(node)}
         if node.op not in ("call_function", "call_module") or _is_size(node):
-            depth[node] = max((depth[n] for n in tensor_inputs(node)), default=0)
+            depth[node] = max(before.values(), default=0)
             continue
-        source = node.args[0] if node.target is operator.getitem else None
-        apart = isinstance(source, fx.Node) and depth[source] % 2 == 0  # one of the results of what is not native
-        reason = "not native" if apart else operator_of(gm, node).refusal(gm, node)
-        native = reason is None
-        if reason is not None and not apart and (node.op == "call_module" or isinstance(value(node), Tensor)):
-            misses.append(NoMatch(reason, node))
-        reached = 0
-        for source in tensor_inputs(node):
-            same = depth[source] % 2 == (1 if native else 0) or source.op == "get_attr"
-            reached = max(reached, depth[source] + (0 if same else 1))
-        depth[node] = reached + ((reached % 2 == 0) if native else (reached % 2 == 1))
+        native = _has_native_form(gm, node, depth, misses)
+        reached = max((d + (d % 2 != native and n.op != "get_attr") for n, d in before.items()), default=0)
+        depth[node] = reached + (reached % 2 != native)
         if native:
-            found.setdefault(depth[node], []).append(node)
+            found[depth[node]].append(node)
     return list(found.values())
+
+
+def _has_native_form(
+    gm: fx.GraphModule, node: fx.Node, depth: Mapping[fx.Node, int], misses: list[NoMatch]
+) -> bool:
+    from qfx.targets.native.operators import operator_of  # here, since the generator is much code that few models need
+
+    source = node.args[0] if node.target is operator.getitem else None
+    if isinstance(source, fx.Node) and depth[source] % 2 == 0:
+        return False  # one of the results of what has none
+    reason = operator_of(gm, node).refusal(gm, node)
+    if reason is not None and (node.op == "call_module" or isinstance(value(node), Tensor)):
+        misses.append(NoMatch(reason, node))
+    return reason is None
+
+
+def _escapes(node: fx.Node, inside: Collection[fx.Node]) -> bool:
+    """True where anything outside reads the node, or its sizes."""
+    return any(user not in inside and (not _is_size(user) or _escapes(user, inside)) for user in node.users)
 
 
 def _replace(gm: fx.GraphModule, group: list[fx.Node], how: CompileRegions) -> None:
     """Call a region in place of ``group``."""
     inside = set(group)
-    outputs = [node for node in group if any(user not in inside and not _is_size(user) for user in node.users)]
-    sizes_outside = [u for node in group for u in node.users if u not in inside and _is_size(u)]
-    outputs += [node for node in group if node not in outputs and any(node in tensor_inputs(u) for u in sizes_outside)]
+    outputs = [node for node in group if _escapes(node, inside)]
     graph, inputs = _extract(gm, group, outputs)
     root = nn.Module()
     for node in graph.nodes:
         if node.op == "call_module":
             set_module(root, str(node.target), gm.get_submodule(str(node.target)))
         elif node.op == "get_attr":
-            set_tensor(root, str(node.target), _tensor(gm, str(node.target)))
+            set_tensor(root, str(node.target), get_tensor(gm, str(node.target)))
     path = free_path(gm, "native")
     set_module(gm, path, NativeRegion(CapturedModule.of(root, graph, "Region"), how.isa, how.tune))
-    for module in root.modules():
-        if isinstance(module, Leaf):
-            module.kernel = _kernel(module)
     last = group[-1]
     with gm.graph.inserting_after(last):
         call = gm.graph.create_node("call_module", path, tuple(inputs), {}, name=path)
@@ -140,9 +146,17 @@ def _replace(gm: fx.GraphModule, group: list[fx.Node], how: CompileRegions) -> N
             replacement.meta["val"] = value(node)
         node.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in inside)
     _move_readers(gm.graph, call, behind)
-    for node in reversed(group):
-        if not node.users and not node._erased:
-            erase_dead(gm, node)
+    _erase(gm, inside)
+
+
+def _erase(gm: fx.GraphModule, inside: Collection[fx.Node]) -> None:
+    """Erase what the region computes now, what only it reads, and the layers that nothing else calls."""
+    paths = {str(node.target) for node in inside if node.op == "call_module"}
+    for node in reversed(list(gm.graph.nodes)):
+        if not node.users and (node in inside or node.op == "get_attr" or _is_size(node)):
+            gm.graph.erase_node(node)
+    for path in paths - {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}:
+        gm.delete_submodule(path)  # whole: what it holds is the region's
 
 
 def _move_readers(graph: fx.Graph, call: fx.Node, behind: fx.Node) -> None:
@@ -155,33 +169,6 @@ def _move_readers(graph: fx.Graph, call: fx.Node, behind: fx.Node) -> None:
             late.add(node)
             behind.append(node)
             behind = node
-
-
-def _kernel(leaf: Leaf) -> str:
-    """What the table calls the leaf's kernel: the operator with what runs behind it."""
-    operator_name = leaf.kernel.split()[1].split("+")[0].rstrip(",")
-    steps = [name for name, *_ in leaf.calls] if isinstance(leaf, StaticLeaf) else []
-    return "+".join([f"native {operator_name}", *steps])
-
-
-def _let_go(gm: fx.GraphModule) -> None:
-    """Drop the layers that live in regions now; what they hold must stay as it is."""
-    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-    regions = [m for m in map(gm.get_submodule, called) if isinstance(m, NativeRegion)]
-    moved = {m for region in regions for m in region.modules()}
-    for owner_path, owner in list(gm.named_modules()):
-        for name, child in list(owner._modules.items()):
-            path = f"{owner_path}.{name}" if owner_path else name
-            if child in moved and path not in called and isinstance(child, Leaf) and owner not in moved:
-                del owner._modules[name]
-    drop_unused(gm)
-
-
-def _tensor(gm: fx.GraphModule, path: str) -> Tensor:
-    owner, _, name = path.rpartition(".")
-    found = getattr(gm.get_submodule(owner), name)
-    assert isinstance(found, torch.Tensor)
-    return found
 
 
 def _extract(

@@ -37,6 +37,7 @@ from qfx.memory import returned_at_once, trim
 from qfx.meta import add_notes, graph_info, info, keep_calls, kept_calls, update_graph
 from qfx.metrics import sqnr_db
 from qfx.modes import evaluating
+from qfx.native_report import as_it_runs
 from qfx.node_table import (
     Report,
     before_lowering,
@@ -57,7 +58,6 @@ from qfx.score_cache import content_of
 from qfx.shadow import undisturbed
 from qfx.stage import Stage, stage_of
 from qfx.targets import Target, choose
-from qfx.targets.native.inlined import region_notes
 from qfx.trained_fake_quant import TrainedFakeQuantize
 
 log = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ def report(qmodel: nn.Module) -> Report:
         raise ConfigError(
             f"{type(qmodel).__name__} is no model that qfx quantized", hint="pass what qfx.quantize returned"
         )
-    return found
+    return as_it_runs(found, qmodel) if isinstance(qmodel, fx.GraphModule) else found
 
 
 def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
@@ -591,7 +591,7 @@ def _convert_graph(
     with torch.no_grad():
         outputs = fx.Interpreter(gm).run(*inputs, enable_io_processing=False)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
-    made = dataclasses.replace(made, notes=(*made.notes, *region_notes(gm)))  # behind the first run, which compiles
+    made = as_it_runs(made, gm)  # behind the first run, which compiles
     made = dataclasses.replace(made, output_sqnr_db=_worst(noise.outputs, outputs), calibration=plan.calibration)
     if lower_ and isinstance(gm, CapturedModule):
         keep_report(portable(gm), before_lowering(made, rows, noise.by_node))

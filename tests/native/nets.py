@@ -82,7 +82,7 @@ def disagreements(gm: nn.Module, *inputs: Tensor, regions: int = 1) -> list[Disa
     found = []
     for region, args in calls:
         values = compare(region, args, exact=True)
-        assert values, f"no program: {list(region.declined.values())}"
+        assert values, f"no program: {region.declined}"
         found += values
     return found
 

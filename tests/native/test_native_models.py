@@ -30,7 +30,7 @@ def check(made: Any, inputs: tuple[Tensor, ...], regions: int | None = None) -> 
     found = []
     for region, args in calls:
         values = compare(region, args, exact=True)
-        assert values, list(region.declined.values())
+        assert values, region.declined
         found += values
     off = {d.node.name: d for d in found if (d.lsb or 0) > 1 or (d.relative or 0.0) > 1e-5}
     assert not off, off

@@ -64,7 +64,7 @@ def x() -> Tensor:
 @contextmanager
 def compiles() -> Iterator[list[str]]:
     """Texts of the units that are loaded meanwhile."""
-    from qfx.targets.native import region as module
+    from qfx.targets.native import making as module
 
     found: list[str] = []
     real = module.build
@@ -119,9 +119,34 @@ def test_what_is_declined_is_remembered(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, logger="qfx"):
         first, second = made(x), made(x)
     assert torch.equal(first, second) and torch.equal(first, inlined(made)(x))
-    (reason,) = region.declined.values()
+    (reason,) = region.declined
     assert "depends on the batch" in reason
     assert sum("runs as the lowered graph does" in r.getMessage() for r in caplog.records) <= 1
+
+
+def test_the_report_tells_what_runs(model: torch.fx.GraphModule, x: Tensor, tmp_path: Path) -> None:
+    """Of programs the kernels; of a model that was only loaded, what runs in their place until it is called."""
+
+    def kernels(gm: torch.fx.GraphModule) -> list[str]:
+        return [row.kernel for row in qfx.report(gm).rows if row.operator == "linear"]
+
+    assert len(kernels(model)) == 3 and all(" linear" in k and k.startswith("native ") for k in kernels(model))
+    qfx.save(model, tmp_path / "model.qfx")
+    loaded = qfx.load(tmp_path / "model.qfx", target="native")
+    assert isinstance(loaded, torch.fx.GraphModule)
+    assert not any("native" in kernel for kernel in kernels(loaded))
+    loaded(x)
+    assert kernels(loaded) == kernels(model)
+
+
+def test_the_report_of_what_is_declined(x: Tensor) -> None:
+    made = native(Net(lambda s, x: s.a(x.view(-1, 6)), a=nn.Linear(6, 3)), torch.randn(4, 5, 6))
+    report = qfx.report(made)
+    assert "native" not in next(row.kernel for row in report.rows if row.operator == "linear")
+    made(x), made(x)
+    (note,) = [text for topic, text in qfx.report(made).notes if topic == "not native"]
+    assert note.startswith("native: ") and "depends on the batch" in note
+    assert qfx.report(made).notes == report.notes
 
 
 def test_inputs_of_different_batches() -> None:
@@ -192,7 +217,7 @@ def test_moves_and_modes(model: torch.fx.GraphModule, x: Tensor) -> None:
     made = copy.deepcopy(model)
     for same in (made.eval(), made.to("cpu"), made.train(False)):
         assert torch.equal(same(x), wanted)
-    assert all(not r._programs for r in regions_of(copy.deepcopy(model)).values())
+    assert all(not r.programs for r in regions_of(copy.deepcopy(model)).values())
 
 
 def test_saved_and_loaded(model: torch.fx.GraphModule, x: Tensor, tmp_path: Path) -> None:
@@ -221,8 +246,8 @@ def test_fake_tensors(model: torch.fx.GraphModule, x: Tensor) -> None:
     region._forget()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert model(mode.from_tensor(x)).shape == (3, 5, 4)
-    assert not region._programs
-    assert torch.equal(model(x), model(x)) and region._programs
+    assert not region.programs
+    assert torch.equal(model(x), model(x)) and region.programs
 
 
 # --- threads and processes --------------------------------------------------------------------------------------------
@@ -387,7 +412,7 @@ def test_a_compiler_that_fails(
             with pytest.raises(NativeError, match="exit status 4") as caught:
                 free(y)
     assert "no space" in str(caught.value) and str(broken) in str(caught.value) and ".log" in str(caught.value)
-    assert isinstance(region, NativeRegion) and not region._programs
+    assert isinstance(region, NativeRegion) and not region.programs
     assert torch.equal(free(y), wanted), "nothing is kept of the failure"
     region._forget()
 

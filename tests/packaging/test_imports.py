@@ -150,6 +150,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "dynamo_settings",
         "findings",
         "lowered",
+        "native_report",
         "node_table",
         "node_views",
         "onnx_export",

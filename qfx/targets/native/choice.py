@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+Tune = Literal["fast", "full"]
+
+SCALES: dict[Tune, tuple[float, ...]] = {"fast": (0.5, 1.0, 2.0), "full": (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)}
+"""Sizes of blocks that are tried, to what a kernel takes by itself."""
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,7 @@ class Compiled:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run on contiguous CPU tensors of the sizes that it was made for; the first dimension is the batch."""
-        samples, threads = inputs[0].shape[0], torch.get_num_threads()
-        memory = self._take(samples, threads)
-        outputs = self._run(inputs, memory, self._plan, None)
-        self._memory.append((samples, threads, *memory))
-        return outputs
+        return self._run_pooled(inputs, None)
 
     @property
     def constant_bytes(self) -> int:
@@ -70,7 +66,7 @@ class Compiled:
     def profile(self, *inputs: Tensor) -> tuple[int, ...]:
         """Nanoseconds of each step in one run."""
         times = (ctypes.c_int64 * max(len(self.steps), 1))()
-        self._run(inputs, self._fresh(inputs[0].shape[0], torch.get_num_threads(), self._plan), self._plan, times)
+        self._run_pooled(inputs, times)
         return tuple(times[: len(self.steps)])
 
     def probe(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -91,6 +87,13 @@ class Compiled:
                 flat = whole[buffer.place][buffer.index].flatten()
             found[name] = flat.as_strided(sizes, view.strides, flat.storage_offset() + view.offset).clone()
         return found
+
+    def _run_pooled(self, inputs: Sequence[Tensor], times: Any) -> tuple[Tensor, ...]:
+        samples, threads = inputs[0].shape[0], torch.get_num_threads()
+        memory = self._take(samples, threads)
+        outputs = self._run(inputs, memory, self._plan, times)
+        self._memory.append((samples, threads, *memory))
+        return outputs
 
     def _run(self, inputs: Sequence[Tensor], memory: Memory, offsets: Offsets, times: Any) -> tuple[Tensor, ...]:
         samples, threads = inputs[0].shape[0], torch.get_num_threads()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class Times:
 
 
 def compare_times(
-    program: Callable[..., Any], twin: FloatTwin, inputs: tuple[Tensor, ...], *, rounds: int = 5
+    program: Callable[..., Any], twin: FloatTwin, inputs: Sequence[Tensor], *, rounds: int = 5
 ) -> Times:
     """Both in turns, so that what else the machine does meets them alike."""
     contiguous = [x.contiguous() for x in inputs]

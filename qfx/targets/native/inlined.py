@@ -52,9 +52,3 @@ def _splice(graph: fx.Graph, region: NativeRegion, path: str, given: list[Any]) 
             if node.op in ("get_attr", "call_module"):
                 copy.target = f"{path}.{node.target}"
     raise AssertionError("a graph has an output")
-
-
-def region_notes(gm: fx.GraphModule) -> tuple[tuple[str, str], ...]:
-    """For the report: why regions of the graph run otherwise than as programs, with the times that told."""
-    regions = regions_of(gm).items()
-    return tuple(("not native", f"{path}: {why}") for path, region in regions for why in region.declined.values())

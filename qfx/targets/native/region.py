@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from qfx import jit
 from qfx.ops import dequantize, quantize
 from qfx.targets.base import Leaf
 from qfx.targets.lazy import runs_here
 from qfx.targets.native.call import number_of
-from qfx.targets.native.compiled import Compiled, build
-from qfx.targets.native.float_twin import FloatTwin, Times, compare_times
-from qfx.targets.native.isa import find
-from qfx.targets.native.not_native import NotNative
-from qfx.targets.native.tuning import Tune, tune
+from qfx.targets.native.choice import Tune
+from qfx.targets.native.declined import Declined
+
+if TYPE_CHECKING:
+    from qfx.targets.native.compiled import Compiled
 
 _LOG = logging.getLogger(__name__)
 
 MOST_PROGRAMS = 8
 """Sizes (beside the batch) that a region compiles for; it runs all further ones as the lowered graph does."""
+
+_MIXED = Declined("inputs have different numbers of samples")
+_MANY = Declined(f"it has {MOST_PROGRAMS} programs, and these sizes are new")
 
 Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
@@ -31,9 +33,9 @@ Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 class NativeRegion(Leaf):
     """Runs ``graph``, a lowered graph of leaves, as one program, compiled when it is first called with new sizes.
 
-    With ``tune``, each layer's kernel is found by measurement, and a region that loses against float runs in float:
-    :attr:`times` tells both times. Where a program cannot be, ``graph`` itself runs: on other devices, under an
-    exporter, and with what the generator declines (:attr:`declined` says why, by the sizes).
+    With ``tune``, each layer's kernel is found by measurement, and a region that loses against float runs in float.
+    Where a program cannot be, ``graph`` itself runs: on other devices, under an exporter, and with what the generator
+    declines. :attr:`declined` says why.
     """
 
     def __init__(self, graph: fx.GraphModule, isa: str | None = None, tune: Tune | None = None) -> None:
@@ -43,10 +45,7 @@ class NativeRegion(Leaf):
         self.kernel = "native"
         rounds = any(node.target in (quantize, dequantize) for node in graph.graph.nodes)
         self.weight_only = not rounds and all(m.weight_only for m in graph.modules() if isinstance(m, Leaf))
-        self.declined: dict[Key, str] = {}
-        self.times: dict[Key, Times] = {}
-        self._programs: dict[Key, Compiled] = {}
-        self._floats: dict[Key, FloatTwin] = {}
+        self._outcomes: dict[Key, Compiled | Declined] = {}
         self._lock = threading.Lock()
         self.number = number_of(self)
 
@@ -57,59 +56,46 @@ class NativeRegion(Leaf):
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         if gradients or not all(runs_here(x) for x in inputs):
             return self.graph(*inputs)
-        program = self.program(*inputs)
-        if program is None:
-            twin = self._floats.get(_key(inputs))
-            return self.graph(*inputs) if twin is None else twin.run(*inputs)
-        outputs = program(*(x.contiguous() for x in inputs))
+        outcome = self._outcome(inputs)
+        if isinstance(outcome, Declined):
+            return (outcome.instead or self.graph)(*inputs)
+        outputs = outcome(*(x.contiguous() for x in inputs))
         return outputs if len(outputs) > 1 else outputs[0]
 
     @property
     def programs(self) -> tuple[Compiled, ...]:
         """Those that were made so far."""
-        return tuple(self._programs.values())
+        return tuple(made for made in self._outcomes.values() if not isinstance(made, Declined))
+
+    @property
+    def declined(self) -> tuple[str, ...]:
+        """Why there is no program, for each of the sizes so far that have none; with both times, where float won."""
+        return tuple(made.reason for made in self._outcomes.values() if isinstance(made, Declined))
 
     def program(self, *inputs: Tensor) -> Compiled | None:
-        """The program for inputs of such sizes, or None where ``graph`` has to run."""
+        """The program for inputs of such sizes, or None where something else runs."""
+        outcome = self._outcome(inputs)
+        return None if isinstance(outcome, Declined) else outcome
+
+    def _outcome(self, inputs: tuple[Tensor, ...]) -> Compiled | Declined:
         if not _one_batch(inputs):
-            return None
+            return _MIXED
         key = _key(inputs)
-        return self._programs.get(key) or self._made(key, inputs)
+        return self._outcomes.get(key) or self._made(key, inputs)
 
-    def _made(self, key: Key, inputs: tuple[Tensor, ...]) -> Compiled | None:
+    def _made(self, key: Key, inputs: tuple[Tensor, ...]) -> Compiled | Declined:
+        from qfx.targets.native.making import make  # here, since the generator is much code that few models need
+
         with self._lock:
-            if key in self._programs or key in self.declined:
-                return self._programs.get(key)
-            if len(self._programs) >= MOST_PROGRAMS:
-                return None
-            try:
-                made = self._build(key, inputs)
-            except NotNative as error:
-                self.declined[key] = str(error)
-                _LOG.info("a region runs as the lowered graph does: %s", error)
-                return None
-            if key in self._floats:
-                return None
-            self._programs[key] = made
-            return made
-
-    def _build(self, key: Key, inputs: tuple[Tensor, ...]) -> Compiled:
-        """The program, tuned if that is asked for; and the float twin, where that is faster."""
-        if (reason := jit.unavailable()) is not None:  # it was made where there was a compiler
-            raise NotNative(reason)
-        isa = find(self.isa)
-        if self.tune is None:
-            return build(self.graph, inputs, isa)
-        made = build(self.graph, inputs, isa, choices=tune(self.graph, inputs, isa, self.tune))
-        twin = FloatTwin(self.graph)
-        self.times[key] = times = compare_times(made, twin, inputs)
-        if times.float_ < times.native:
-            self._floats[key] = twin
-            self.declined[key] = f"it runs in float, which is faster: {times}"
-        return made
+            if key not in self._outcomes:
+                if len(self.programs) >= MOST_PROGRAMS:
+                    _LOG.info("a region runs as the lowered graph does: %s", _MANY.reason)
+                    return _MANY
+                self._outcomes[key] = make(self.graph, inputs, self.isa, self.tune)
+            return self._outcomes[key]
 
     def _forget(self) -> None:
-        self._programs, self._floats, self.declined, self.times = {}, {}, {}, {}
+        self._outcomes = {}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._forget()
@@ -120,8 +106,7 @@ class NativeRegion(Leaf):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        made_here: dict[str, Any] = {"_programs": {}, "_floats": {}, "declined": {}, "times": {}, "_lock": None}
-        return self.__dict__ | made_here
+        return self.__dict__ | {"_outcomes": {}, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

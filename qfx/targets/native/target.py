@@ -9,8 +9,8 @@ from qfx import jit
 from qfx.errors import ConfigError
 from qfx.patterns import NoMatch
 from qfx.targets.base import AnchorRegion, Leaf
+from qfx.targets.native.choice import SCALES, Tune
 from qfx.targets.native.isa import find, supported
-from qfx.targets.native.tuning import SCALES, Tune
 from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
 from qfx.targets.x86 import X86
 

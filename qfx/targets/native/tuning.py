@@ -7,19 +7,13 @@ in their own surroundings, with the caches as the layers before have left them. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from torch import Tensor, fx
 
 from qfx.targets.native import tuning_cache
-from qfx.targets.native.choice import Choice, Vary
+from qfx.targets.native.choice import SCALES, Choice, Tune, Vary
 from qfx.targets.native.compiled import build, emitted
 from qfx.targets.native.isa import Isa
-
-Tune = Literal["fast", "full"]
-
-SCALES: dict[Tune, tuple[float, ...]] = {"fast": (0.5, 1.0, 2.0), "full": (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)}
-"""Sizes of blocks that are tried, to what a kernel takes by itself."""
 
 RUNS: dict[Tune, int] = {"fast": 5, "full": 20}
 """The least time of so many runs counts."""

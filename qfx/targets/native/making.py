@@ -1,0 +1,46 @@
+"""What a region runs for inputs of some sizes: its program, or what is better or the only way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor, fx
+
+from qfx import jit
+from qfx.targets.native.choice import Tune
+from qfx.targets.native.compiled import Compiled, build
+from qfx.targets.native.declined import Declined
+from qfx.targets.native.float_twin import FloatTwin, compare_times
+from qfx.targets.native.isa import find
+from qfx.targets.native.not_native import NotNative
+from qfx.targets.native.tuning import tune
+
+_LOG = logging.getLogger(__name__)
+
+
+def make(gm: fx.GraphModule, inputs: Sequence[Tensor], isa: str | None, level: Tune | None) -> Compiled | Declined:
+    """The program of a region's graph for such inputs, tuned where ``level`` asks for it; or why there is none.
+
+    Raises:
+        NativeError: the compiler failed.
+    """
+    try:
+        return _made(gm, inputs, isa, level)
+    except NotNative as error:
+        _LOG.info("a region runs as the lowered graph does: %s", error)
+        return Declined(str(error))
+
+
+def _made(gm: fx.GraphModule, inputs: Sequence[Tensor], isa: str | None, level: Tune | None) -> Compiled | Declined:
+    if (reason := jit.unavailable()) is not None:  # the region was made where there was a compiler
+        raise NotNative(reason)
+    here = find(isa)
+    if level is None:
+        return build(gm, inputs, here)
+    made = build(gm, inputs, here, choices=tune(gm, inputs, here, level))
+    twin = FloatTwin(gm)
+    times = compare_times(made, twin, inputs)
+    if times.native <= times.float_:
+        return made
+    return Declined(f"it runs in float, which is faster: {times}", twin.run)
