@@ -25,14 +25,14 @@ float stays as well.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from qfx.attributes import exists, free_path, get_tensor, set_module
+from qfx.attributes import free_path, get_tensor, set_module
 from qfx.meta import add_notes, describe, info, set_value, update, update_graph, value
 from qfx.operators import OPS, Kind, Op, argument, is_constant, lookup, name_of, tensor_inputs
 from qfx.ops import choose_qparams, dequantize, quantize, unpack_op
@@ -85,8 +85,9 @@ class Lower:
             leaf = self._leaf(node, found.region, misses)
             if leaf is not None:
                 made.append((_replace(gm, found), found.anchor, leaf))
+        layers = {_layer(anchor) for _, anchor, _ in made}
         for call, anchor, leaf in made:  # at last, when tied weights have no reader left that keeps a name taken
-            _hold(gm, call, anchor, leaf)
+            _hold(gm, call, anchor, leaf, layers)
         moved = move_integers(gm, limits)
         between = self._requantize(gm, limits, misses)
         add_notes(gm, "not lowered", [str(miss) for miss in misses])
@@ -490,18 +491,22 @@ def _replace(gm: fx.GraphModule, found: Found) -> fx.Node:
     return call
 
 
-def _hold(gm: fx.GraphModule, call: fx.Node, anchor: fx.Node, leaf: Leaf) -> None:
-    """Put the leaf that ``call`` calls under its layer's own path, where that is free."""
-    path = info(anchor).origin or anchor.name
-    call.target = path if _free(gm, path) else free_path(gm, f"{path}_{anchor.name}" if exists(gm, path) else path)
+def _layer(anchor: fx.Node) -> str:
+    return info(anchor).origin or anchor.name
+
+
+def _hold(gm: fx.GraphModule, call: fx.Node, anchor: fx.Node, leaf: Leaf, layers: Collection[str]) -> None:
+    """Put the leaf that ``call`` calls under its layer's own path, where that is free; no leaf holds another."""
+    path = _layer(anchor)
+    inside = any(other.startswith(f"{path}.") for other in layers)
+    call.target = path if not inside and _free(gm, path) else free_path(gm, f"{path}_{anchor.name}")
     set_module(gm, str(call.target), leaf)
 
 
 def _free(gm: fx.GraphModule, path: str) -> bool:
-    """True where no node refers to ``path`` or to anything below it, and no leaf holds it."""
-    users = [(n.op, str(n.target)) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")]
-    below = any(t == path or t.startswith(path + ".") for _, t in users)
-    return not below and not any(op == "call_module" and path.startswith(t + ".") for op, t in users)
+    """True where no node refers to ``path`` or to anything below it."""
+    used = [str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")]
+    return not any(target == path or target.startswith(f"{path}.") for target in used)
 
 
 # --- movers -----------------------------------------------------------------------------------------------------------

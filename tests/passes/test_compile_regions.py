@@ -144,6 +144,24 @@ def test_regions(case: str, net: Net) -> None:
     check(gm, model, ROWS)
 
 
+class Gate(nn.Module):
+    """Operators of the layer itself around those of its children, as in squeeze and excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+def test_layers_within_layers(net: Net) -> None:
+    model = net(lambda s, x: s.b(s.gate(s.a(x))).cumsum(1), gate=Gate(), a=nn.Conv2d(3, 3, 3), b=nn.Conv2d(3, 4, 1))
+    gm = lowered(model, IMAGES)
+    assert len(regions_of(gm)) == 1
+    check(gm, model, IMAGES)
+
+
 def test_tied_weights(net: Net) -> None:
     """One tensor in a layer of each region, and in an embedding that stays outside."""
     parts = {"table": nn.Embedding(9, 6), "head": nn.Linear(6, 9), **linears("body")}

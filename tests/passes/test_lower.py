@@ -405,11 +405,13 @@ class Scores(nn.Module):
         return result
 
 
-def test_a_child_does_not_replace_what_its_parents_leaf_holds(net, calibrated) -> None:
-    """The product becomes the leaf ``scores``, which has an ``output`` of its own; the layer ``scores.output`` too."""
+def test_no_leaf_holds_another(net, calibrated) -> None:
+    """The product in ``scores`` stands beside the layer ``scores.output``: its leaf has an ``output`` of its own."""
     model = net(lambda self, x: self.o(self.scores(self.q(x))), q=nn.Linear(4, 4), scores=Scores(), o=nn.Linear(3, 2))
     gm = lowered(calibrated(model, ROWS), ROWS, tolerance=STEP)
-    assert {n.target for n in gm.graph.nodes if n.op == "call_module"} >= {"q", "scores", "o"}
+    assert {n.target for n in gm.graph.nodes if n.op == "call_module"} >= {"q", "scores_matmul", "scores.output"}
+    assert not any(isinstance(m, Leaf) for n in gm.graph.nodes if n.op == "call_module"
+                   for m in list(gm.get_submodule(n.target).modules())[1:])  # fmt: skip
 
 
 # --- what stays -------------------------------------------------------------------------------------------------------
