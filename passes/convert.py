@@ -14,8 +14,9 @@ After::
 
 A dynamic spec chooses its parameters in the graph, by ``qfx.choose_qparams``. A bias becomes int32 at ``input_scale *
 weight_scale`` (Jacob et al., 2018, section 2.4); where it would not fit, the weight's scale of that channel grows until
-it does, which happens only where the weights are below the bias' own rounding error. Weight-only layers, and
-layers of few bits, keep a float bias. Declines, with an error that names the layer, when an observer has seen nothing.
+it does, which happens only where the weights are below the bias' own rounding error. Weight-only layers, layers of few
+bits, and those whose scale would have to leave float16, which their spec asks for, keep a float bias. Declines, with an
+error that names the layer, when an observer has seen nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from qfx import affine
 from qfx.attributes import free_path, set_buffer
 from qfx.errors import CalibrationError
 from qfx.fake_quant import FakeQuantize
@@ -54,7 +56,7 @@ class Convert:
         for node in nodes:
             _check_calibrated(gm, node)
         found = [_bias_of(gm, n, i) for n in gm.graph.nodes for i, spec in specs(n) if isinstance(spec, DerivedSpec)]
-        biases = [bias for bias in found if bias is not None]
+        biases = [bias for bias in found if bias is not None and _fits(bias)]
         for bias in biases:  # all scales before the first bias: layers may share one weight
             bias.weight.scale = _fitting(bias)
         for bias in biases:
@@ -165,8 +167,17 @@ def _convert_bias(gm: fx.GraphModule, bias: _Bias) -> None:
     erase_dead(gm, source)
 
 
+def _needed(bias: _Bias) -> Tensor:
+    """The least scales of the weight at which the bias stays within int32, one a channel of its groups."""
+    return bias.values.abs().reshape(bias.groups, -1).amax(0) / (LARGEST_BIAS * bias.data.scale)
+
+
+def _fits(bias: _Bias) -> bool:
+    return not bool((_needed(bias) > torch.finfo(bias.weight.spec.scale_dtype).max).any())
+
+
 def _fitting(bias: _Bias) -> Tensor:
     """The weight's scale, raised where ``bias / (input_scale * weight_scale)`` would leave int32."""
-    needed = bias.values.abs().reshape(bias.groups, -1).amax(0) / (LARGEST_BIAS * bias.data.scale)
-    scale = bias.weight.scale
-    return torch.maximum(scale, needed.amax() if scale.ndim == 0 else needed)
+    needed, scale = _needed(bias), bias.weight.scale
+    raised = torch.maximum(scale, needed.amax() if scale.ndim == 0 else needed)
+    return affine.representable_scale(raised, bias.weight.spec.scale_dtype)

@@ -198,7 +198,8 @@ def _take_up(gm: fx.GraphModule, weight: fx.Node, quantizer: FakeQuantize, facto
         channels = factor.abs().flatten()
         shape = [1] * quantizer.scale.ndim
         shape[0 if quantizer.scale.ndim == 1 else module.axis] = -1
-        quantizer.scale = (quantizer.scale * channels.reshape(shape)).float().clamp_min(affine.MIN_SCALE)
+        scale = (quantizer.scale * channels.reshape(shape)).float().clamp_min(affine.MIN_SCALE)
+        quantizer.scale = affine.representable_scale(scale, quantizer.spec.scale_dtype)
     weight.kwargs = {}
     erase_dead(gm, node)
     return plain

@@ -78,24 +78,49 @@ def min_max(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor
 
 
 def choose_qparams(
-    low: Tensor, high: Tensor, *, symmetric: bool, quant_min: int, quant_max: int
+    low: Tensor,
+    high: Tensor,
+    *,
+    symmetric: bool,
+    quant_min: int,
+    quant_max: int,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Scale (float32) and zero point (int32) for the range ``[low, high]``, elementwise; zero is exactly representable.
 
     Symmetric: ``scale = max(|low|, |high|) / ((quant_max - quant_min) / 2)`` with the zero point in the middle
     (0 for signed, 128 for unsigned 8 bits). Affine: the range is widened to hold zero. Scales are at least
-    :data:`MIN_SCALE`, so that constant, all-zero and tiny ranges stay finite.
+    :data:`MIN_SCALE`, so that constant, all-zero and tiny ranges stay finite, and values of ``scale_dtype``
+    (:func:`representable_scale`); zero points belong to the scales that are returned.
     """
     low = low.float().clamp(max=0.0)
     high = high.float().clamp(min=0.0)
     if symmetric:
         scale = torch.maximum(-low, high) / (float(quant_max - quant_min) / 2)
-        scale = scale.clamp(min=MIN_SCALE)
+        scale = representable_scale(scale.clamp(min=MIN_SCALE), scale_dtype)
         return scale, torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int32)
     # Halves, which are exact, because high - low may leave float32.
     scale = ((high / 2 - low / 2) / (float(quant_max - quant_min) / 2)).clamp(min=MIN_SCALE)
+    scale = representable_scale(scale, scale_dtype)
     zero_point = quant_min - torch.round(low / scale)
     return scale, zero_point.clamp(quant_min, quant_max).to(torch.int32)
+
+
+def representable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least values that ``dtype`` holds and that are no less than ``scale`` (positive), in scale's own dtype.
+
+    Upwards, so that no range is cut: an extreme stays within half a step of its integer. Below ``dtype``'s normal
+    numbers come its subnormal ones, the smallest of which (2^-24 for float16) is the least scale; above its largest
+    there is nothing, and scales end there.
+    """
+    if dtype == scale.dtype:
+        return scale
+    info = torch.finfo(dtype)
+    # Arithmetic, all of it exact, and no cast there and back, which a compiler may take for nothing.
+    scale = scale.clamp(max=info.max)
+    power = scale / torch.frexp(scale).mantissa
+    spacing = (power * (info.eps / 2)).clamp(min=info.smallest_normal * info.eps)
+    return torch.ceil(scale / spacing) * spacing
 
 
 def quantize(

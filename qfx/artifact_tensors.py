@@ -2,7 +2,8 @@
 
 Tied tensors are stored once. Integers that are all equal, as the zero points of symmetric weights are, stand in the
 table alone. Tensors whose elements lie in another order than their dimensions (channels-last ones) are stored in that
-order, so that they come back with the same strides, mapped from the file.
+order, so that they come back with the same strides, mapped from the file. Scales that are float16 values throughout,
+as those of a spec with that ``scale_dtype`` are, are stored as float16 and come back as the float32 that they were.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qfx.attributes import get_tensor, tensors
 from qfx.errors import ArtifactError
 from qfx.graph_json import dotted
 from qfx.graph_module import CapturedModule
 from qfx.json_values import DTYPES, Keys, encode, fields, listed, short, typed
+from qfx.ops import dequantize, quantize
 from qfx.part import Part
 
 MOST_FILLED = 2**20
 """Elements of all tensors together that stand in the table, beyond those that are stored."""
+
+HALF = "float16"
+"""The only dtype that a tensor of another, float32, may be stored as."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ def write_tensors(gm: CapturedModule) -> StoredTensors:
     table: dict[str, Any] = {}
     stored: dict[str, Tensor] = {}
     first: dict[int, str] = {}
+    scales = _scales(gm)
     for path, tensor in sorted(tensors(gm)):
         dotted(path, "a tensor")
         if (tied := first.setdefault(id(tensor), path)) != path:
@@ -54,6 +60,9 @@ def write_tensors(gm: CapturedModule) -> StoredTensors:
             continue
         order = _order(tensor)
         held = tensor.detach().permute(order)
+        if id(tensor) in scales and _is_half(tensor):
+            table[path]["stored"] = HALF
+            held = held.half()
         if order != list(range(tensor.ndim)):
             table[path]["order"] = order
         own = held.is_contiguous() and held.untyped_storage().nbytes() == held.numel() * held.element_size()
@@ -76,6 +85,17 @@ def _is_filled(tensor: Tensor) -> bool:
     return integers and tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
 
 
+def _scales(gm: CapturedModule) -> frozenset[int]:
+    """The identities of all tensors by which the graph quantizes or dequantizes."""
+    read = [n.args[1] for n in gm.graph.nodes if n.target in (quantize, dequantize)]
+    return frozenset(id(get_tensor(gm, str(n.target))) for n in read if isinstance(n, fx.Node) and n.op == "get_attr")
+
+
+def _is_half(scale: Tensor) -> bool:
+    """Whether float16 holds all values; one scale alone is shorter than the words that would say so."""
+    return scale.dtype is torch.float32 and scale.ndim > 0 and torch.equal(scale.half().float(), scale)
+
+
 def _order(tensor: Tensor) -> list[int]:
     """The dimensions, those with wider steps first, where that makes the tensor contiguous; else as they are."""
     as_they_are = list(range(tensor.ndim))
@@ -88,6 +108,7 @@ _OPTIONAL: Keys = {
     "parameter": (bool,),
     "persistent": (bool,),
     "order": (list,),
+    "stored": (str,),
     "fill": (int,),
     "shape": (list,),
 }
@@ -147,8 +168,11 @@ def _stored(path: str, line: Mapping[str, Any], stored: Mapping[str, Tensor]) ->
     if path not in stored:
         raise ArtifactError(f"the tensor {path} is missing from the file")
     tensor = stored[path]
-    if DTYPES.get(line["dtype"]) is not tensor.dtype:
-        raise ArtifactError(f"{path} is {tensor.dtype}, not {line['dtype']}")
+    if (held := line.get("stored", line["dtype"])) != line["dtype"] and (held, line["dtype"]) != (HALF, "float32"):
+        raise ArtifactError(f"{path} cannot be {short(line['dtype'])} that is stored as {short(held)}")
+    if DTYPES.get(held) is not tensor.dtype:
+        raise ArtifactError(f"{path} is {tensor.dtype}, not {held}")
+    tensor = tensor.to(DTYPES[line["dtype"]])
     order = listed(line.get("order", list(range(tensor.ndim))), f"the order of {path}", int, most=64)
     if sorted(order) != list(range(tensor.ndim)):
         raise ArtifactError(f"{path} has an order that is none: {short(order)}")

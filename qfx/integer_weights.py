@@ -28,7 +28,7 @@ def weight_use(
 ) -> WeightUse:
     """Look at the integers ``q`` of any shape, with scale and zero point as in :mod:`qfx.affine`.
 
-    A scale at its smallest, :data:`qfx.affine.MIN_SCALE`, belongs to a channel that was zero in float too.
+    A scale at its smallest, :data:`qfx.affine.MIN_SCALE` or float16's, belongs to a channel that was zero in float too.
 
     Args:
         bits: of an element; int8 and uint8 may hold fewer.
@@ -36,7 +36,8 @@ def weight_use(
     """
     offset = affine.expand_qparam(zero_point, q, axis, group_size)
     steps = affine.expand_qparam(scale, q, axis, group_size)
-    zero, nothing = (_all(t, q, channels) for t in (q == offset, steps <= affine.MIN_SCALE))
+    least = affine.representable_scale(scale.new_tensor(affine.MIN_SCALE), torch.float16)
+    zero, nothing = (_all(t, q, channels) for t in (q == offset, (steps <= affine.MIN_SCALE) | (steps == least)))
     lost = torch.nonzero(zero & ~nothing).flatten().tolist()
     return WeightUse(tuple(lost), _at_ends(q, scale.numel(), bits, channels), q.numel())
 

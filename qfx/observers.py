@@ -80,6 +80,7 @@ class Observer(nn.Module):
             symmetric=self.spec.scheme is Scheme.SYMMETRIC,
             quant_min=self.spec.quant_min,
             quant_max=self.spec.quant_max,
+            scale_dtype=self.spec.scale_dtype,
         )
 
     def with_spec(self, spec: QuantSpec) -> Observer:
@@ -292,6 +293,7 @@ class Histogram(_Binned):
             symmetric=self.spec.scheme is Scheme.SYMMETRIC,
             quant_min=self.spec.quant_min,
             quant_max=self.spec.quant_max,
+            scale_dtype=self.spec.scale_dtype,
         )
         step, offset = scale.double().unsqueeze(1), zero_point.double().unsqueeze(1)
         number = torch.arange(self.spec.quant_min, self.spec.quant_max + 1, dtype=torch.float64, device=low.device)
@@ -339,6 +341,7 @@ class Mse(Observer):
                 symmetric=self.spec.scheme is Scheme.SYMMETRIC,
                 quant_min=self.spec.quant_min,
                 quant_max=self.spec.quant_max,
+                scale_dtype=self.spec.scale_dtype,
             )
             rounded, _ = affine.fake_quantize(
                 x,

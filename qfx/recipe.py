@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from qfx.errors import ConfigError
@@ -154,14 +155,21 @@ class Recipe:
         return PRESETS["w8a16"]
 
     @classmethod
-    def w4a16(cls, group_size: int = 128, *, ranges: Ranges = MOVING) -> Recipe:
-        """Linear weights in 4 bits per group of 32, 64 or 128, everything else as it is; ``ranges`` is for training."""
-        return _grouped(4, group_size, ranges)
+    def w4a16(
+        cls, group_size: int = 128, *, ranges: Ranges = MOVING, scale_dtype: torch.dtype = torch.float32
+    ) -> Recipe:
+        """Linear weights in 4 bits per group of 32, 64 or 128, everything else as it is; ``ranges`` is for training.
+
+        With ``scale_dtype=torch.float16`` a saved model takes 2 bytes a group beside its integers, not 4.
+        """
+        return _grouped(4, group_size, ranges, scale_dtype)
 
     @classmethod
-    def w3a16(cls, group_size: int = 128, *, ranges: Ranges = MOVING) -> Recipe:
+    def w3a16(
+        cls, group_size: int = 128, *, ranges: Ranges = MOVING, scale_dtype: torch.dtype = torch.float32
+    ) -> Recipe:
         """As :meth:`w4a16`, in 3 bits."""
-        return _grouped(3, group_size, ranges)
+        return _grouped(3, group_size, ranges, scale_dtype)
 
     @classmethod
     def lsq(cls, weight_bits: int, activation_bits: int) -> Recipe:
@@ -372,8 +380,9 @@ def _learned(weight_bits: int, activation_bits: int) -> QConfig:
     return QConfig(activation, weight)
 
 
-def _grouped(bits: int, group_size: int, ranges: Ranges) -> Recipe:
-    spec = replace(_WEIGHT4, element=IntType(bits, True), granularity=PerGroup(group_size), ranges=ranges)
+def _grouped(bits: int, group_size: int, ranges: Ranges, scale_dtype: torch.dtype) -> Recipe:
+    element, groups = IntType(bits, True), PerGroup(group_size)
+    spec = replace(_WEIGHT4, element=element, granularity=groups, ranges=ranges, scale_dtype=scale_dtype)
     return _weight_only(f"w{bits}a16" + (f"_g{group_size}" if group_size != 128 else ""), spec)
 
 

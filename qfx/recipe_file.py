@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
+import torch
 from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import InlineTable, Table
 
@@ -29,6 +30,7 @@ from qfx.spec import (
     INT8,
     MAX_BITS,
     MIN_BITS,
+    SCALE_DTYPES,
     IntType,
     PerAxis,
     PerGroup,
@@ -51,6 +53,7 @@ Kinds = Mapping[str, type]
 OBSERVERS: Kinds = {kind.__name__: kind for kind in (MinMax, MovingAverageMinMax, Percentile, Histogram, Mse)}
 GRANULARITIES: Kinds = {"per tensor": PerTensor, "per axis": PerAxis, "per group": PerGroup, "per token": PerToken}
 RANGES: Kinds = {"moving": Moving, "learned": Learned, "fixed": Fixed}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
 NO_OBSERVER = "none"
 MOST = 2**20  # bins or steps of an observer: a slip of the pen is not to cost gigabytes
 
@@ -73,6 +76,7 @@ and the default's where the rule names only one of them. Keys of a spec:
                                     e.g. {{kind = "Percentile", percentile = 99.9}}
   ranges, in training               {", ".join(RANGES)}
   estimator, in training            {", ".join(estimator.value for estimator in Estimator)}
+  scale_dtype, of weights           {", ".join(DTYPES)}: how a saved model stores their scales
 A rule's "why" is shown in the table of nodes. exact = true: layer is one path and no pattern, and what is inside is
 not meant. own = true: a preset's rule; any other must match a layer of the model.
 """
@@ -473,6 +477,14 @@ def _read_enum(choices: type[Enum], value: Any, place: _Place) -> Enum:
     return choices(_one_of(_typed(value, place, str), known, choices.__name__.lower(), place))
 
 
+def _write_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _read_dtype(value: Any, place: _Place) -> torch.dtype:
+    return DTYPES[_one_of(_typed(value, place, str), DTYPES, "type of scales", place)]
+
+
 def _read_kind(kinds: Kinds, what: str, value: Any, place: _Place, hint: str = "") -> tuple[type, dict[str, Any]]:
     """The class that a name, or a table with the key ``kind``, asks for, and the options of the table."""
     _typed(value, place, str, dict)
@@ -541,5 +553,6 @@ _KEYS = {
     "narrow_range": _plain(bool),
     "ranges": _kind(RANGES, "way to find ranges"),
     "estimator": _enum(Estimator),
+    "scale_dtype": _Key(_write_dtype, _read_dtype),
 }
 _ATTRIBUTES = {field.name: field.default for field in fields(QuantSpec) if field.name != "element"}

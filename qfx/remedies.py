@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import fx
 
 from qfx import observers
@@ -154,6 +155,8 @@ def changed(spec: QuantSpec | None, base: QuantSpec | None, part: str, **changes
 def _code(value: Any) -> str:
     """The value as an expression; of an observer of the user's own, the name that it has there."""
     if isinstance(value, bool) or value is None:
+        return repr(value)
+    if isinstance(value, torch.dtype):
         return repr(value)
     if isinstance(value, Enum):
         return f"qfx.{type(value).__name__}.{value.name}"

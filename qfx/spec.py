@@ -18,6 +18,8 @@ from qfx.errors import ConfigError
 from qfx.training import MOVING, Estimator, Ranges
 
 MIN_BITS, MAX_BITS = 2, 8
+SCALE_DTYPES = (torch.float32, torch.float16)
+"""What the scales of weights may be values of."""
 
 
 @dataclass(frozen=True, order=True)
@@ -132,6 +134,8 @@ class QuantSpec:
     ``observer`` is a factory ``factory(spec) -> Observer``; it is not used when ``dynamic`` is set.
     ``narrow_range`` leaves out the lowest integer, so that a symmetric signed type is symmetric in its values too.
     ``ranges`` and ``estimator`` say how quantization-aware training treats the tensor (:mod:`qfx.training`).
+    ``scale_dtype``, for weights: every scale is a value of it, and :func:`qfx.save` stores it so. Graphs hold scales as
+    float32 all the same: what computes with them is not concerned.
     """
 
     element: IntType
@@ -142,10 +146,16 @@ class QuantSpec:
     narrow_range: bool = False
     ranges: Ranges = MOVING
     estimator: Estimator = Estimator.CLIPPED
+    scale_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, PerToken) and not self.dynamic:
             raise ConfigError("per-token scales exist only at run time", hint="set dynamic=True, or choose PerTensor()")
+        if self.scale_dtype not in SCALE_DTYPES:
+            known = " or ".join(map(str, SCALE_DTYPES))
+            raise ConfigError(f"scales are not kept as {self.scale_dtype!r}", hint=f"choose {known}")
+        if self.dynamic and self.scale_dtype != torch.float32:
+            raise ConfigError("scales that are found at run time are float32", hint=_FOR_WEIGHTS)
 
     @property
     def quant_min(self) -> int:
@@ -162,7 +172,11 @@ class QuantSpec:
     def __str__(self) -> str:
         words = [str(self.element), self.scheme.value, str(self.granularity)]
         words += ["dynamic"] * self.dynamic + ["narrow range"] * self.narrow_range
+        words += ["float16 scales"] * (self.scale_dtype == torch.float16)
         return " ".join(words)
+
+
+_FOR_WEIGHTS = "scale_dtype=torch.float16 is for weights"
 
 
 @dataclass(frozen=True)
@@ -193,6 +207,10 @@ class FixedSpec:
     @property
     def bits(self) -> int:
         return self.element.bits
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float32
 
     def __str__(self) -> str:
         return f"{self.element} fixed scale {self.scale:g} zero point {self.zero_point}"
@@ -246,6 +264,10 @@ class QConfig:
 
     activation: QuantSpec | None
     weight: QuantSpec | None
+
+    def __post_init__(self) -> None:
+        if self.activation is not None and self.activation.scale_dtype != torch.float32:
+            raise ConfigError("scales of activations are float32", hint=_FOR_WEIGHTS)
 
     def __str__(self) -> str:
         return f"weight: {_shown(self.weight)}; activation: {_shown(self.activation)}"

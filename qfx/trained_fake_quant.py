@@ -117,7 +117,10 @@ class TrainedFakeQuantize(Part, FakeQuantize):
         """
         if not self.observing:
             return self.scale
-        return self.step.abs().clamp_min(affine.MIN_SCALE).reshape(self.scale.shape)
+        scale = self.step.abs().clamp_min(affine.MIN_SCALE).reshape(self.scale.shape)
+        if self.spec.scale_dtype == scale.dtype:
+            return scale
+        return cast(Tensor, _Representable.apply(scale, self.spec.scale_dtype))  # type: ignore[no-untyped-call]
 
     def _gradient_scale(self, x: Tensor) -> float:
         return 1.0 / math.sqrt(max(1, x.numel() // self.step.numel()) * self.spec.quant_max)
@@ -241,6 +244,7 @@ class TrainedFakeQuantize(Part, FakeQuantize):
             symmetric=self.spec.scheme is Scheme.SYMMETRIC,
             quant_min=self.spec.quant_min,
             quant_max=self.spec.quant_max,
+            scale_dtype=self.spec.scale_dtype,
         )
         with torch.no_grad():
             self.scale.copy_(scale)
@@ -288,7 +292,9 @@ class TrainedFakeQuantize(Part, FakeQuantize):
         self._sync()
         plain = FakeQuantize(self.spec, self.layer).to(self.scale.device)
         if self.ready and not self.dynamic:
-            plain.scale, plain.zero_point = self.scale.detach().clone(), self.zero_point.clone()
+            # A state dict may have brought scales of another recipe.
+            plain.scale = affine.representable_scale(self.scale.detach().clone(), self.spec.scale_dtype)
+            plain.zero_point = self.zero_point.clone()
         plain.train(self.training)
         return plain
 
@@ -323,6 +329,18 @@ class _WithParameter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.like
         return grad, torch.zeros(shape, dtype=dtype, device=device)
+
+
+class _Representable(torch.autograd.Function):
+    """:func:`qfx.affine.representable_scale`, through which gradients go straight."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return affine.representable_scale(scale, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _clamped(x: Tensor, low: float | None, high: float | None) -> Tensor:

@@ -147,6 +147,48 @@ def test_the_error_inside_the_range_is_at_most_half_a_step(limit: Limits, symmet
     assert float(error.max()) <= float(scale) * (0.5 + 1e-4)
 
 
+@given(st.floats(2.0**-60, 2.0**40, width=32))
+@example(2.0**-60)
+@example(2.0**-24)
+@example(2.0**-14)
+@example(65504.0)
+@example(1e30)
+def test_a_representable_scale_is_the_next_value_of_float16(scale: float) -> None:
+    found = affine.representable_scale(torch.tensor(scale), torch.float16)
+    assert found.dtype is torch.float32
+    assert found.half().float() == found and math.isfinite(found)
+    assert affine.representable_scale(found, torch.float16) == found
+    assert found >= min(scale, 65504.0)
+    below = (found.half().view(torch.int16) - 1).view(torch.float16)
+    assert float(below) < scale, "the value below it would have done"
+    assert affine.representable_scale(torch.tensor(scale), torch.float32) == torch.tensor(scale)
+
+
+@given(layouts(), limits(), st.booleans(), SEEDS)
+def test_float16_scales_bound_the_error_too(layout: Layout, limit: Limits, symmetric: bool, seed: int) -> None:
+    (shape, axis, group_size), (quant_min, quant_max, dtype) = layout, limit
+    x = data(shape, seed, span=3.0)
+    low, high = affine.min_max(x, axis, group_size)
+    where = {"axis": axis, "group_size": group_size}
+    bounds = {"quant_min": quant_min, "quant_max": quant_max}
+    how = {"symmetric": symmetric, "scale_dtype": torch.float16}
+    scale, zero_point = affine.choose_qparams(low, high, **how, **bounds)  # type: ignore[arg-type]
+    wide, _ = affine.choose_qparams(low, high, symmetric=symmetric, **bounds)
+    assert torch.equal(scale, affine.representable_scale(wide, torch.float16))
+    q = affine.quantize(x, scale, zero_point, **where, **bounds, dtype=dtype)
+    error = (affine.dequantize(q, scale, zero_point, **where).double() - x.double()).abs()
+    assert bool((error <= affine.expand_qparam(scale, x, axis, group_size) * (0.5 + 1e-4)).all())
+
+
+def test_zero_points_belong_to_float16_scales() -> None:
+    low, high = -torch.rand(2, 500, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [-1.0]])
+    how = {"symmetric": False, "quant_min": 0, "quant_max": 255}
+    scale, zero_point = affine.choose_qparams(low, high, **how, scale_dtype=torch.float16)  # type: ignore[arg-type]
+    assert torch.equal(zero_point, -torch.round(low / scale).int())
+    _, of_wide = affine.choose_qparams(low, high, **how)  # type: ignore[arg-type]
+    assert not torch.equal(zero_point, of_wide)
+
+
 @given(limits(), st.booleans(), SEEDS)
 def test_quantize_is_monotone(limit: Limits, symmetric: bool, seed: int) -> None:
     quant_min, quant_max, dtype = limit

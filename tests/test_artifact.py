@@ -126,6 +126,67 @@ def test_widths_from_two_to_six_bits_come_back(x: Tensor, tmp_path: Path) -> Non
     assert graph_info(loaded).asked == recipe
 
 
+HALF = qfx.Recipe.w4a16(32, scale_dtype=torch.float16)
+
+
+def _scales(qmodel: nn.Module) -> list[Tensor]:
+    """Those of the weights in groups."""
+    found = {n: t for n, t in portable(qmodel).named_buffers() if n.endswith("_scale") and t.ndim == 2}
+    assert found
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """An Llama-style model whose scales are float16 values, and its file."""
+    model, example = MODELS_SMALL["llama"](seed=0)
+    qmodel, file = qfx.quantize(model, example, recipe=HALF, verbose=False), tmp_path_factory.mktemp("half") / "a"
+    qfx.save(qmodel, file)
+    return qmodel, file
+
+
+def test_float16_scales_are_stored_in_two_bytes(half: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    (qmodel, file), (model, example) = half, MODELS_SMALL["llama"](seed=0)
+    loaded = qfx.load(file)
+    assert _same(_call(qmodel, example), _call(loaded, example))
+    assert graph_info(loaded).asked == HALF
+    for scale in (*_scales(qmodel), *_scales(loaded)):
+        assert scale.dtype is torch.float32 and torch.equal(scale.half().float(), scale)
+    stored = [line for line in Parts.of(file).document["tensors"].values() if "stored" in line]
+    assert len(stored) == len(_scales(qmodel))
+    assert all(line["dtype"] == "float32" and line["stored"] == "float16" for line in stored)
+    for name, again in (("loaded", loaded), ("pickled", pickle.loads(pickle.dumps(qmodel)))):
+        qfx.save(again, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == file.read_bytes()
+    wide = qfx.quantize(model, example, recipe=qfx.Recipe.w4a16(32), verbose=False)
+    qfx.save(wide, tmp_path / "wide")
+    assert not any("stored" in line for line in Parts.of(tmp_path / "wide").document["tensors"].values())
+    saved, count = os.path.getsize(tmp_path / "wide") - os.path.getsize(file), sum(t.numel() for t in _scales(wide))
+    assert count < saved <= 2 * count, "two bytes a scale, less the words that say so"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stored": "float32"}, "is torch.float16, not float32"),
+        ({"dtype": "float16", "stored": "float16"}, "its scale is"),
+        ({"dtype": "float64"}, "cannot be 'float64' that is stored as 'float16'"),
+        ({"stored": "bfloat16"}, "cannot be 'float32' that is stored as 'bfloat16'"),
+        ({"stored": "quint8"}, "cannot be 'float32' that is stored as 'quint8'"),
+        ({"stored": 2}, "should be a string"),
+    ],
+    ids=str,
+)
+def test_only_float16_may_stand_for_float32(
+    half: tuple[nn.Module, Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    parts = Parts.of(half[1])
+    name = next(name for name, line in parts.document["tensors"].items() if "stored" in line)
+    (tmp_path / "edited").write_bytes(parts.edited(_tensor(name, **changes)))
+    with pytest.raises(ArtifactError, match=message):
+        qfx.load(tmp_path / "edited")
+
+
 def test_it_is_lowered_for_the_target_that_is_asked_for(small: nn.Module, file: Path, x: Tensor) -> None:
     reference = qfx.load(file, target="reference")
     assert qfx.report(reference).target == "reference"

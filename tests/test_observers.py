@@ -135,6 +135,17 @@ def test_odd_data_give_finite_scales(factory: type[Observer], spec: QuantSpec, b
 
 
 @every
+@pytest.mark.parametrize("scheme", Scheme)
+def test_float16_scales(factory: type[Observer], scheme: Scheme) -> None:
+    x = torch.randn(300, generator=torch.Generator().manual_seed(0)) * 1e-3
+    wide = seen(factory(QuantSpec(INT8, scheme)), x).qparams()[0]
+    scale = seen(factory(QuantSpec(INT8, scheme, scale_dtype=torch.float16)), x).qparams()[0]
+    assert scale.dtype is torch.float32 and torch.equal(scale.half().float(), scale)
+    assert not torch.equal(wide.half().float(), wide)
+    assert torch.allclose(scale, wide, rtol=0.02)
+
+
+@every
 def test_copies_go_their_own_way(factory: type[Observer]) -> None:
     observer = seen(factory(AFFINE), torch.tensor([-1.0, 1.0]))
     twin = pickle.loads(pickle.dumps(copy.deepcopy(observer)))

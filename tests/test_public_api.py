@@ -99,8 +99,8 @@ SIGNATURES = {
     "Recipe.int8": "() -> 'Recipe'",
     "Recipe.int8_dynamic": "() -> 'Recipe'",
     "Recipe.w8a16": "() -> 'Recipe'",
-    "Recipe.w4a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01)) -> "
-    "'Recipe'",
+    "Recipe.w4a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01), scale_dtype:"
+    " 'torch.dtype' = torch.float32) -> 'Recipe'",
     "Recipe.skip": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, module:"
     " 'str | None' = None, why: 'str' = '') -> 'Recipe'",
     "Recipe.set": "(self, layer: 'str | type[nn.Module] | None' = None, *, op: 'str | None' = None, module:"
@@ -113,8 +113,8 @@ SIGNATURES = {
     "Report.table": "(self) -> 'str'",
     "Report.summary": "(self) -> 'str'",
     "Report.to_dict": "(self) -> 'dict[str, object]'",
-    "Recipe.w3a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01)) -> "
-    "'Recipe'",
+    "Recipe.w3a16": "(group_size: 'int' = 128, *, ranges: 'Ranges' = Moving(averaging_constant=0.01), scale_dtype:"
+    " 'torch.dtype' = torch.float32) -> 'Recipe'",
     "Recipe.lsq": "(weight_bits: 'int', activation_bits: 'int') -> 'Recipe'",
     "Recipe.w4a4_lsq": "() -> 'Recipe'",
     "Recipe.with_embedding_storage": "(self, bits: 'int | None' = 8) -> 'Recipe'",
@@ -174,6 +174,7 @@ FIELDS = {
         "narrow_range",
         "ranges",
         "estimator",
+        "scale_dtype",
     ],
     "Recipe": ["name", "default", "rules", "reduce_range", "embedding_storage", "ends"],
     "Moving": ["averaging_constant"],

@@ -7,6 +7,7 @@ import pickle
 import re
 
 import pytest
+import torch
 from torch import nn
 
 from qfx.errors import ConfigError
@@ -54,6 +55,13 @@ def test_groups_of_w4a16(group_size: int) -> None:
     qconfig, _ = Recipe.w4a16(group_size).resolve(LINEAR)
     assert qconfig is not None and qconfig.weight is not None
     assert qconfig.weight.granularity == PerGroup(group_size)
+
+
+def test_float16_scales_are_shown() -> None:
+    for recipe in (Recipe.w4a16(64, scale_dtype=torch.float16), Recipe.w3a16(64, scale_dtype=torch.float16)):
+        assert "per group of 64 float16 scales" in str(recipe)
+    assert "float16" not in str(Recipe.w4a16(64))
+    assert Recipe.w4a16(64, scale_dtype=torch.float16) != Recipe.w4a16(64)
 
 
 def test_presets_by_name_and_by_method_are_one() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -90,12 +91,19 @@ common = {
     "ranges": ranges,
     "estimator": st.sampled_from(Estimator),
 }
+static = st.builds(QuantSpec, granularity=laid_out, **common)
 specs = st.one_of(
-    st.builds(QuantSpec, granularity=laid_out, dynamic=st.booleans(), **common),
+    static,
+    st.builds(QuantSpec, granularity=laid_out, dynamic=st.just(True), **common),
     st.builds(QuantSpec, granularity=st.just(PerToken()), dynamic=st.just(True), **common),
 )
+weights = specs | st.builds(replace, static, scale_dtype=st.just(torch.float16))
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 patterns = st.none() | st.sampled_from(["", "encoder.*", "layer1.0.conv1", 'a"b', "ü\n\\"]) | texts
+
+
+def _for_data(spec: QuantSpec | None) -> QuantSpec | None:
+    return spec and replace(spec, scale_dtype=torch.float32)
 
 
 @st.composite
@@ -103,13 +111,14 @@ def recipes(draw: Callable[..., Any]) -> Recipe:
     """A recipe of any specs; few of them, and neighbours of the default's, so that rules share them."""
     base = draw(st.sampled_from([*PRESETS.values(), None]))
     if base is None:
-        default = QConfig(draw(st.none() | specs), draw(st.none() | specs))
+        default = QConfig(draw(st.none() | specs), draw(st.none() | weights))
         base = Recipe(draw(texts), default, ends=draw(st.none() | st.just(default)))
     pool = [None, *draw(st.lists(specs, max_size=3))]
     pool += [spec for spec in (base.default.activation, base.default.weight) if spec]
     drawn = st.sampled_from(pool)
     near = st.builds(lambda spec, element: spec and replace(spec, element=element), drawn, elements)
-    qconfigs = st.builds(QConfig, drawn | near, drawn | near)
+    weight = near | (st.none() | weights if draw(st.booleans()) else drawn)
+    qconfigs = st.builds(QConfig, drawn.map(_for_data) | near.map(_for_data), weight)
     flags = st.booleans()
     rules = st.builds(QuantRule, st.none() | qconfigs, patterns, patterns, patterns, texts, own=flags, exact=flags)
     return replace(
@@ -154,7 +163,12 @@ def test_refined_recipes(tmp_path: Path) -> None:
         .set(op="linear", weight=3)
         .with_embedding_storage(4)
     )
-    for refined in (recipe, replace(Recipe.w4a16(32), reduce_range=True), Recipe.w3a16(ranges=Learned(scaled=False))):
+    others = (
+        replace(Recipe.w4a16(32), reduce_range=True),
+        Recipe.w3a16(ranges=Learned(scaled=False)),
+        Recipe.w4a16(64, scale_dtype=torch.float16).set("head", weight=8),
+    )
+    for refined in (recipe, *others):
         refined.save(tmp_path / "recipe.toml")
         again = Recipe.load(tmp_path / "recipe.toml")
         assert again == refined

@@ -67,6 +67,24 @@ def test_static_per_token_is_refused() -> None:
     assert QuantSpec(INT8, granularity=PerToken(), dynamic=True).dynamic
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, "float16", None])
+def test_scales_are_kept_in_float32_or_float16(dtype: object) -> None:
+    with pytest.raises(ConfigError, match="scales are not kept as") as raised:
+        QuantSpec(INT8, scale_dtype=dtype)  # type: ignore[arg-type]
+    assert "torch.float32 or torch.float16" in raised.value.hint
+
+
+def test_float16_scales_are_for_weights() -> None:
+    with pytest.raises(ConfigError, match="found at run time"):
+        QuantSpec(INT8, granularity=PerToken(), dynamic=True, scale_dtype=torch.float16)
+    spec = QuantSpec(INT8, scale_dtype=torch.float16)
+    with pytest.raises(ConfigError, match="scales of activations are float32") as raised:
+        QConfig(spec, None)
+    assert "for weights" in raised.value.hint
+    assert QConfig(None, spec).weight is spec
+    assert FixedSpec(UINT8, 0.1, 0).scale_dtype is torch.float32
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_fixed_scale_is_positive_and_finite(scale: float) -> None:
     with pytest.raises(ConfigError, match="positive and finite"):
@@ -86,6 +104,10 @@ VALUES = [
     (
         lambda: QuantSpec(INT8, Scheme.SYMMETRIC, PerAxis(0), narrow_range=True),
         "int8 symmetric per axis 0 narrow range",
+    ),
+    (
+        lambda: QuantSpec(INT4, Scheme.SYMMETRIC, PerGroup(64), scale_dtype=torch.float16),
+        "int4 symmetric per group of 64 float16 scales",
     ),
     (lambda: FixedSpec(UINT8, 1 / 256, 0), "uint8 fixed scale 0.00390625 zero point 0"),
     (lambda: SharedSpec(0, QuantSpec(UINT8)), "shares input 0"),
@@ -116,6 +138,7 @@ def test_specs_differ_in_every_field() -> None:
         "narrow_range": True,
         "ranges": Fixed(),
         "estimator": Estimator.STRAIGHT_THROUGH,
+        "scale_dtype": torch.float16,
     }
     others = {dataclasses.replace(base, **{name: value}) for name, value in changes.items()}
     assert base not in others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import qfx
@@ -56,16 +58,20 @@ print(json.dumps({
 def artifact(options: Options, *, depth: int = 50, rounds: int = 3, image_size: int = 224) -> Iterator[Figure]:
     """ResNet-50 in int8 and with 4-bit weights, and a transformer with 4 bits in groups: files, and loading the first.
 
-    Seconds are counted from behind ``import torch`` to the first output of a new process, on one thread.
+    Weights of 4 bits have float16 scales. Groups of a convolution's input channels run on ``reference`` only, so that
+    there is a second file with scales per output channel for convolutions. Seconds are counted from behind ``import
+    torch`` to the first output of a new process, on one thread.
     """
     resnet, images = build_resnet(depth), random_images(image_size, batch=2)
     vit, patches = MODELS["vit_s16"]()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
-        per_channel = qfx.Recipe.int8().set("*", weight=4)
-        yield _size("ResNet-50, 4-bit weights per channel", resnet, images, per_channel, file, options, 0.15)
-        grouped = qfx.Recipe.w4a16(64)
-        yield _size("ViT-S/16, linear weights in 4 bits per group of 64", vit, patches, grouped, file, options, None)
+        what = "ResNet-50, all weights in 4 bits per group of 64, float16 scales, for reference"
+        yield _size(what, resnet, images, _all_grouped(), file, dataclasses.replace(options, target="reference"), 0.15)
+        what = "ResNet-50, 4-bit weights per channel, linear per group of 64, float16 scales"
+        yield _size(what, resnet, images, _narrow(), file, options, 0.15)
+        what = "ViT-S/16, linear weights in 4 bits per group of 64, float16 scales"
+        yield _size(what, vit, patches, _grouped(), file, options, None)
         yield _size("ResNet-50, int8", resnet, images, qfx.Recipe.int8(), file, options, 0.26)
         runs = [_first_output(file, options.target, image_size) for _ in range(rounds)]
     median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
@@ -79,6 +85,24 @@ def artifact(options: Options, *, depth: int = 50, rounds: int = 3, image_size: 
         note=f"{median['anonymous'] / MIB:.1f} of memory of its own; {median['mapped'] / MIB:.1f} of "
         f"{median['tensors'] / MIB:.1f} MiB of tensors stay mapped",
     )
+
+
+def _grouped() -> qfx.Recipe:
+    return qfx.Recipe.w4a16(64, scale_dtype=torch.float16)
+
+
+def _all_grouped() -> qfx.Recipe:
+    groups = _grouped().default.weight
+    assert groups is not None
+    inputs = dataclasses.replace(groups, granularity=qfx.PerGroup(64, axis=1))
+    return qfx.Recipe("w4a16_g64_convolutions", qfx.QConfig(None, inputs))
+
+
+def _narrow() -> qfx.Recipe:
+    groups = _grouped().default.weight
+    assert groups is not None
+    channels = dataclasses.replace(groups, granularity=qfx.PerAxis(0))
+    return qfx.Recipe.int8().set("*", weight=channels).set(op="linear", weight=groups, activation=None)
 
 
 def _size(

@@ -32,6 +32,11 @@ from qfx.targets.base import (
 NOT_BY_ROW = "the table has scales across its rows, so that one row cannot be dequantized by itself"
 
 
+def _of_inputs(op: Op, groups: PerGroup) -> bool:
+    """True for groups of a weight's input channels, which lie along axis 1 behind the output channels."""
+    return op.channel_axis == 0 and groups.axis in ((1, -1) if op.name == "linear" else (1,))
+
+
 @dataclass(frozen=True)
 class Reference:
     """Accepts every operator that qfx quantizes."""
@@ -53,9 +58,11 @@ class Reference:
             if op.weight is None and activation.dynamic:
                 return f"{op.name} takes no dynamic activations"
         if weight is not None and op.weight is not None:
-            allowed_weight = PerTensor | PerAxis | PerGroup if op.name == "linear" else PerTensor | PerAxis
-            if not isinstance(weight.granularity, allowed_weight) or weight.dynamic:
-                return f"{op.name} takes no weights {weight.granularity}"
+            if isinstance(weight.granularity, PerGroup) and not _of_inputs(op, weight.granularity):
+                hint = ", unless of its input channels, axis 1" if op.channel_axis == 0 else ""
+                return f"{op.name} takes no weights {weight.granularity}{hint}"
+            if weight.dynamic:
+                return f"{op.name} takes no dynamic weights"
             if isinstance(weight.granularity, PerAxis) and weight.granularity.axis not in (0, op.channel_axis):
                 return f"{op.name} takes weight scales along its output channels only"
         return None

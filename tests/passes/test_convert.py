@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,6 +155,35 @@ def test_a_bias_beyond_int32_widens_the_scale_of_its_channel(net, calibrated, bi
     assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]]) and after[1] > before[1]
     assert torch.allclose(actual[:, 1], expected[:, 1], rtol=1e-6)
     assert (actual - expected)[:, [0, 2, 3]].abs().max() < 0.05
+
+
+HALF = Recipe.int8().set("a", weight=replace(Recipe.int8().default.weight, scale_dtype=torch.float16))
+
+
+@pytest.mark.parametrize("bias", [1.0, 50.0])
+def test_a_bias_widens_a_float16_scale_to_one_of_float16(net, calibrated, bias: float) -> None:
+    layer = conv()
+    with torch.no_grad():
+        layer.weight[1] = 0.0
+        layer.bias[1] = bias
+    model, x = net(lambda self, x: self.a(x), a=layer), X * 1e-3
+    gm = calibrated(model, x, HALF)
+    before = gm.get_submodule("fake_quant.a_weight").scale.clone()
+    converted(gm)
+    after = get_tensor(gm, "a_weight_scale")
+    assert torch.equal(after.half().float(), after) and after.dtype is torch.float32
+    assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]]) and after[1] > before[1]
+    assert torch.allclose(gm(x)[:, 1], torch.tensor(bias))
+
+
+def test_a_bias_that_no_float16_scale_fits_stays_float(net, calibrated) -> None:
+    """All-zero data have the smallest of scales, so that the weight's would have to be huge."""
+    model, x = net(lambda self, x: self.a(x), a=conv()), torch.zeros_like(X)
+    gm = converted(calibrated(model, x, HALF))
+    (node,) = of_target(gm, torch.ops.aten.conv2d.default)
+    assert node.args[2].op == "get_attr" and node.args[2].target == "a.bias"
+    assert float(get_tensor(gm, "a_weight_scale").max()) < 1.0
+    assert torch.equal(gm(x), model(x))
 
 
 def test_one_weight_read_at_two_scales_keeps_both_biases(net, calibrated) -> None:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qfx
-from qfx import Estimator, Fixed, Learned, Moving, QConfig, Recipe, Schedule
+from qfx import Estimator, Fixed, Learned, Moving, PerGroup, QConfig, QuantSpec, Recipe, Schedule
+from qfx.portable import portable
 from qfx.trained_fake_quant import TrainedFakeQuantize
 
 from .nets import Mlp, ResNet, Tabular, quantizers, settle, train
@@ -29,6 +30,11 @@ def recipe(ranges: Moving | Learned | Fixed, estimator: Estimator = Estimator.CL
 def mlp(ranges: Moving | Learned | Fixed = MOVING, estimator: Estimator = Estimator.CLIPPED) -> nn.Module:
     torch.manual_seed(1)
     return qfx.prepare(Mlp(), torch.randn(X), recipe=recipe(ranges, estimator), mode="qat")
+
+
+def only(spec: QuantSpec | None) -> QuantSpec:
+    assert spec is not None
+    return spec
 
 
 def at_input(prepared: nn.Module) -> TrainedFakeQuantize:
@@ -107,6 +113,48 @@ def test_the_estimator_decides_what_passes_outside_of_the_range(estimator: Estim
     at_input(prepared)(x).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[inside, 1.0, 1.0, 1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("net", ["batch norm", "groups"])
+@pytest.mark.parametrize("ranges", [Moving(), Learned(), Fixed()], ids=lambda r: type(r).__name__)
+def test_float16_scales_of_weights_stay_values_of_float16(
+    ranges: Moving | Learned | Fixed, net: str, calibrated: bool
+) -> None:
+    """In every step, and when a batch norm's factor has gone into them."""
+    torch.manual_seed(1)
+    weight = replace(only(DEFAULT.weight), ranges=ranges, scale_dtype=torch.float16)
+    if net == "groups":
+        model, weight = Mlp(), replace(weight, granularity=PerGroup(4))
+    else:
+        model = settle(Tabular(dropout=0.0), torch.randn(X))
+    prepared = qfx.prepare(model, torch.randn(X), recipe=Recipe("half", QConfig(None, weight)), mode="qat")
+    if calibrated:
+        qfx.calibrate(prepared, [torch.randn(X)])
+    of_weights = [q for q in quantizers(prepared) if q.constant]
+    assert len(of_weights) == 3
+    for _ in range(3):
+        before = [q.scale.clone() for q in of_weights]
+        train(prepared, list(prepared.parameters()), 1, X, lr=0.05)
+        assert all(torch.equal(q.scale.half().float(), q.scale) for q in of_weights)
+    if isinstance(ranges, Learned):
+        assert not any(torch.equal(q.scale, scale) for q, scale in zip(of_weights, before, strict=True))
+        assert not any(torch.equal(q.step.half().float(), q.step) for q in of_weights), "gradients go on below float16"
+    converted = qfx.convert(prepared.eval(), check=True)
+    kept = {n: t for n, t in portable(converted).named_buffers() if n.endswith("weight_scale")}
+    assert len(kept) == 3
+    assert all(torch.equal(t.half().float(), t) and t.dtype is torch.float32 for t in kept.values())
+
+
+def test_scales_of_a_float32_checkpoint_are_rounded_when_training_ends() -> None:
+    prepared = lsq()
+    prepared(torch.randn(X))
+    weight = replace(only(Recipe.lsq(4, 4).default.weight), scale_dtype=torch.float16)
+    layer = next(q for q in quantizers(prepared) if q.constant and q.spec.bits == 4)
+    layer.spec, layer.observing = weight, False
+    assert not torch.equal(layer.scale.half().float(), layer.scale)
+    settled = layer.settled().scale
+    assert torch.equal(settled.half().float(), settled)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
