@@ -41,12 +41,16 @@ class Functionalize:
     def run(self, gm: fx.GraphModule) -> int:
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         misses: list[NoMatch] = []
+        examples: list[Any] = []  # held, so that twins of the same types and sizes have one
         count = 0
         for node in gm.graph.nodes:
             twin = plain_twin(node)
             if twin is None:
                 continue
-            miss = why_visible(node, order) or why_promoted(node, twin)
+            miss = why_visible(node, order)
+            if miss is None:
+                examples.append(propagate(twin, node.args, node.kwargs))
+                miss = why_promoted(node, examples[-1])
             if miss is None:
                 node.target = twin
                 count += 1
@@ -71,9 +75,9 @@ def plain_twin(node: fx.Node) -> Any:
     return twin if names[0] == names[1] else None
 
 
-def why_promoted(node: fx.Node, twin: Any) -> NoMatch | None:
-    """A NoMatch where ``twin`` gives another dtype than ``node``, else None."""
-    kept, promoted = value(node), propagate(twin, node.args, node.kwargs)
+def why_promoted(node: fx.Node, promoted: Any) -> NoMatch | None:
+    """A NoMatch where the plain twin's example value, ``promoted``, has another dtype than that of ``node``."""
+    kept = value(node)
     if not (isinstance(kept, torch.Tensor) and isinstance(promoted, torch.Tensor)) or kept.dtype == promoted.dtype:
         return None
     return NoMatch(f"it keeps {kept.dtype}, its plain twin gives {promoted.dtype}", node)

@@ -206,6 +206,8 @@ class Dump:
 
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it; numbers that are not finite become ``"inf"``, ``"-inf"`` and ``"nan"``."""
+    if type(value) in (str, int, bool):  # most are
+        return value
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, float) and not math.isfinite(value):

@@ -51,13 +51,16 @@ def page(dump: Dump) -> str:
 def packed(dump: Dump) -> dict[str, Any]:
     """The graphs of a dump as few bytes: plain values, without empty fields, and with those of SHARED by number."""
     places: dict[Any, int] = {}
+    known: dict[int, int] = {}  # by the value's id: stages share histograms, which have many numbers to hash
+    names = [f.name for f in fields(NodeView)]
 
     def place(value: Any) -> int:
-        return places.setdefault(value, len(places))
+        if id(value) not in known:
+            known[id(value)] = places.setdefault(value, len(places))
+        return known[id(value)]
 
     def short(node: NodeView) -> dict[str, Any]:
-        given = ((f.name, getattr(node, f.name)) for f in fields(node))
-        told = ((name, value) for name, value in given if not _is_empty(value))
+        told = ((name, value) for name in names if not _is_empty(value := getattr(node, name)))
         return {name: place(value) if name in SHARED else plain(value) for name, value in told}
 
     stages = [{"stage": v.stage, "graph": v.graph, "nodes": [short(n) for n in v.nodes]} for v in dump.stages]

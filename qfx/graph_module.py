@@ -9,6 +9,7 @@ device constants of the graph with the parameters.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -67,6 +68,19 @@ class CapturedModule(fx.GraphModule):
             cast(Any, type(self).forward).__signature__ = signature_of(parameters)
         return code
 
+    def recompile_later(self) -> None:
+        """Recompile once the code is asked for: passes edit a graph a dozen times, and few of them run it."""
+        cast(Any, type(self)).forward = _Later(weakref.ref(self))  # every GraphModule has a class of its own
+
+    @property
+    def code(self) -> str:
+        assert callable(self.forward)  # which brings the code up to date
+        return super().code
+
+    def __str__(self) -> str:
+        assert callable(self.forward)
+        return super().__str__()
+
     def _plain_state(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _REMADE}
 
@@ -87,6 +101,20 @@ class CapturedModule(fx.GraphModule):
                 like = {name: self.__dict__[name]}
                 self.__dict__[name] = getattr(fn(torch.empty(0, **like)), name)
         return moved
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Stands for a ``forward`` whose code is out of date: recompiling puts the new one into its place."""
+
+    gm: weakref.ref[CapturedModule]
+
+    def __get__(self, instance: CapturedModule | None, owner: type[CapturedModule]) -> Any:
+        gm = self.gm()
+        if gm is None:
+            raise AttributeError("forward")
+        gm.recompile()
+        return (owner if instance is None else instance).forward
 
 
 def _fill(gm: CapturedModule, state: dict[str, Any], graph: fx.Graph, name: str) -> None:

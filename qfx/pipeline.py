@@ -14,6 +14,7 @@ from torch import fx
 from qfx.auto_recipe import AutoRecipe, as_recipe
 from qfx.errors import ConfigError, PassError, QfxError, VerifyError
 from qfx.foreign_pass import ForeignPass, Function
+from qfx.graph_module import CapturedModule
 from qfx.meta import NODE_INFO_FIELDS, NodeInfo, info, update_graph
 from qfx.recipe import Recipe
 from qfx.registry import Registry, instance_of
@@ -175,7 +176,7 @@ class Pipeline:
         for p in self.passes:
             if hook:
                 hook(previous, gm, p)
-            run_pass(p, gm)
+            run_pass(p, gm, last=p is self.passes[-1])
             previous = p
         if hook:
             hook(previous, gm, None)
@@ -193,8 +194,11 @@ def _calibrated(stage: Stage) -> Stage:
     return Stage.CALIBRATED if stage is Stage.PREPARED else stage
 
 
-def run_pass(p: Pass, gm: fx.GraphModule) -> int:
-    """Run one pass, then lint and recompile; in check mode hold it to its contract too."""
+def run_pass(p: Pass, gm: fx.GraphModule, *, last: bool = True) -> int:
+    """Run one pass, then lint and recompile; in check mode hold it to its contract too.
+
+    ``last``: no pass follows; where one does, the graph is recompiled only if somebody asks for its code.
+    """
     if stage_of(gm) < p.stage[0]:
         raise PassError(f"pass {p.name!r} needs stage {p.stage[0].name}, the graph is at {stage_of(gm).name}")
     checking = check_mode()
@@ -202,7 +206,10 @@ def run_pass(p: Pass, gm: fx.GraphModule) -> int:
     try:
         count = p.run(gm)
         gm.graph.lint()
-        gm.recompile()
+        if last or not isinstance(gm, CapturedModule):
+            gm.recompile()
+        else:
+            gm.recompile_later()
     except QfxError:
         raise
     except Exception as error:

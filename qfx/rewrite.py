@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from qfx.attributes import get_tensor, set_buffer
@@ -55,8 +58,45 @@ def propagate(target: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any
     mode = detect_fake_mode(values)
     if any(v is None for v in values) or (mode is None and not _without_data(values)):
         return None
+    key = _key(target, args, kwargs) if _repeats(target) and all(map(_is_plain, values)) else ""
+    known = _EXAMPLES.get((id(mode), key))
+    if known is not None:
+        return known
     with mode or nullcontext(), torch.no_grad():
-        return target(*examples, **named)
+        result = target(*examples, **named)
+    if key and isinstance(result, FakeTensor):
+        _EXAMPLES[id(mode), key] = result
+    return result
+
+
+_EXAMPLES: WeakValueDictionary[tuple[int, str], Tensor] = WeakValueDictionary()
+"""By the id of the mode, which the tensor keeps alive, and what was asked for: example values that nodes hold.
+
+One on fake tensors with free sizes takes milliseconds, and networks repeat their sizes from block to block.
+"""
+
+
+def _repeats(target: Any) -> bool:
+    """Whether an operator gives a new tensor, whose type and sizes follow from those of what it reads."""
+    if not isinstance(target, OpOverload) or target.namespace not in ("aten", "qfx") or target._schema.is_mutable:
+        return False
+    fresh = all(result.alias_info is None for result in target._schema.returns)
+    return fresh and not _BY_DATA.intersection(target.tags)
+
+
+_BY_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+def _is_plain(val: Any) -> bool:
+    return isinstance(val, FakeTensor) and val.layout is torch.strided and val.constant is None
+
+
+def _key(target: OpOverload, args: Any, kwargs: Any) -> str:
+    return f"{target} {fx.map_arg((args, dict(kwargs)), lambda n: _described(value(n)))}"
+
+
+def _described(t: Tensor) -> Any:
+    return tuple(t.shape), t.stride(), t.dtype, t.device
 
 
 def _without_data(values: Iterable[Any]) -> bool:
@@ -67,7 +107,16 @@ def _without_data(values: Iterable[Any]) -> bool:
 def _fake(tensor: Tensor, like: fx.Node) -> Any:
     candidates = [value(like), *(value(n) for n in tensor_inputs(like))]
     mode = detect_fake_mode([c for c in candidates if c is not None])
-    return None if mode is None else mode.from_tensor(tensor.detach(), static_shapes=True)
+    if mode is None:
+        return None
+    key = (id(mode), str(_described(tensor))) if tensor.layout is torch.strided else None
+    known = _EXAMPLES.get(key) if key else None
+    if known is not None:
+        return known
+    made = mode.from_tensor(tensor.detach(), static_shapes=True)
+    if key:
+        _EXAMPLES[key] = made
+    return made
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node) -> Any:

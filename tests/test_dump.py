@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -30,27 +31,11 @@ from qfx.recording import Recording, record, record_quantized
 from qfx.stage import Stage
 from qfx.targets.reference import Reference
 
+from .dump_subject import Small, X, small
+
 STAGES = tuple(stage.name.lower() for stage in Stage)
-X = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
-
-
-class Small(nn.Module):
-    """A convolution that its batch norm is folded into, a LayerNorm that stays float, a linear layer behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.bn = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)
-        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.bn(self.conv(x)).relu().mean((2, 3))))
-
-
-def small() -> nn.Module:
-    return Small().eval()
 
 
 def text(golden: str) -> str:
@@ -117,7 +102,7 @@ def test_facts_of_nodes(recording: Recording) -> None:
     dump = recording.dump
     conv = node(dump, "annotated", "conv2d")
     assert (conv.layer, conv.kind, conv.bits, conv.macs) == ("conv", "f32[*, 4, 4, 4]", 8, 2 * 4 * 16 * 18)
-    assert conv.source.startswith(__file__) and conv.fused == ("conv2d", "relu")
+    assert conv.source.startswith(inspect.getfile(Small)) and conv.fused == ("conv2d", "relu")
     assert conv.rule.startswith("the default of int8: weight: int8 symmetric per axis 0")
     assert conv.integer and conv.region == 0 and not conv.crossing
     assert not node(dump, "fused", "conv2d").integer
@@ -348,7 +333,7 @@ def test_no_difference(recording: Recording) -> None:
 def test_a_story(taken: Dump) -> None:
     (story,) = explain(taken, "conv2d")
     facts = dict(story.facts)
-    assert (story.name, story.layer) == ("conv2d", "conv") and story.source.startswith(__file__)
+    assert (story.name, story.layer) == ("conv2d", "conv") and story.source.startswith(inspect.getfile(Small))
     assert facts["operator"] == "conv2d, f32[*, 4, 4, 4], 2,304 multiply-accumulates"
     assert facts["became"].endswith("kernel 'reference conv2d+relu', together with relu")
     assert facts["target"] == "reference takes it"

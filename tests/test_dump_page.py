@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 import qfx
 from qfx.dump_measures import measured
@@ -27,7 +25,8 @@ from qfx.recording import record
 from qfx.tools import bench_dump
 from qfx.tools.bench_figures import Options
 
-X = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+from .dump_subject import X, small
+
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
     "<!--<script>",
@@ -40,24 +39,11 @@ HOSTILE = (
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
 
 
-class Small(nn.Module):
-    """Layers in integers, with a LayerNorm between that stays float."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.bn = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)
-        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.bn(self.conv(x)).relu().mean((2, 3))))
-
-
 @pytest.fixture(scope="module")
 def dump() -> Dump:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", qfx.QfxWarning)
-        return measured(record(Small().eval(), X, target="reference"))
+        return measured(record(small(), X, target="reference"))
 
 
 class Page(HTMLParser):
@@ -199,19 +185,19 @@ def test_the_report_is_whole(dump: Dump) -> None:
 
 
 def test_what_was_not_kept_has_no_tab() -> None:
-    found = Page(qfx.dump(qfx.prepare(Small().eval(), X, target="reference"), format="html"))
+    found = Page(qfx.dump(qfx.prepare(small(), X, target="reference"), format="html"))
     assert [word for word in found.words("button") if word[0].isupper()][:2] == ["Graph", "About"]
     assert [view["stage"] for view in found.data["stages"]] == ["prepared"]
 
 
 def test_stages_and_layers_can_be_chosen() -> None:
     chosen = {"stages": "fused,lowered", "layer": "conv", "measure": False}
-    data = Page(qfx.dump(Small().eval(), X, target="reference", format="html", **chosen)).data  # type: ignore[arg-type]
+    data = Page(qfx.dump(small(), X, target="reference", format="html", **chosen)).data  # type: ignore[arg-type]
     assert [view["stage"] for view in data["stages"]] == ["fused", "lowered"]
     assert {n["layer"] for view in unpacked(data) for n in view["nodes"]} == {"conv"}
     assert "before" not in json.dumps(data["stages"])
     with pytest.raises(qfx.ConfigError, match="'html' shows stages alone"):
-        qfx.dump(Small().eval(), X, target="reference", format="html", why="conv")
+        qfx.dump(small(), X, target="reference", format="html", why="conv")
 
 
 def test_the_layout_is_dagre_unchanged(dump: Dump) -> None:

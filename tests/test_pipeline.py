@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.fx.graph import PythonCode
 
+from qfx.capture import capture
 from qfx.errors import ConfigError, PassError, VerifyError
+from qfx.graph_module import CapturedModule
 from qfx.meta import graph_info, update, update_graph
 from qfx.pipeline import Pass, Pipeline, run_pass
 from qfx.recipe import Recipe
 from qfx.stage import Stage, stage_of
 from qfx.targets import Reference
+
+aten = torch.ops.aten
 
 Action = Callable[[fx.GraphModule], int]
 
@@ -229,3 +237,66 @@ def test_a_stage_can_be_set_by_hand() -> None:
     gm = graph()
     update_graph(gm, stage="CONVERTED")
     assert stage_of(gm) is Stage.CONVERTED
+
+
+# --- code that is made when it is asked for ---------------------------------------------------------------------------
+
+
+def turn(gm: fx.GraphModule) -> int:
+    """From relu to sin, and from sin to cos."""
+    (n,) = (n for n in gm.graph.nodes if n.op == "call_function")
+    n.target = aten.sin.default if n.target is aten.relu.default else aten.cos.default
+    return 1
+
+
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
+
+
+def test_code_between_passes_is_made_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm, made = capture(nn.ReLU(), X), list[str]()
+    recompile = CapturedModule.recompile
+
+    def counted(self: CapturedModule) -> PythonCode:
+        made.append("")
+        return recompile(self)
+
+    monkeypatch.setattr(CapturedModule, "recompile", counted)
+    Pipeline((make("one", action=turn), make("two", action=nothing), make("three", action=turn))).run(gm)
+    assert len(made) == 1 and torch.equal(gm(X), X.cos())
+
+
+LOOKS: dict[str, Callable[[fx.GraphModule], bool]] = {
+    "a call": lambda gm: torch.equal(gm(X), X.sin()),
+    "forward": lambda gm: torch.equal(gm.forward(X), X.sin()),
+    "the class": lambda gm: torch.equal(type(gm).forward(gm, X), X.sin()),
+    "the signature": lambda gm: list(inspect.signature(gm.forward).parameters) == ["input"] and "sin" in gm.code,
+    "code": lambda gm: "aten.sin" in gm.code and "aten.relu" not in gm.code,
+    "text": lambda gm: "aten.sin" in str(gm),
+    "a copy": lambda gm: torch.equal(copy.deepcopy(gm)(X), X.sin()),
+    "a shallow copy": lambda gm: torch.equal(copy.copy(gm)(X), X.sin()),
+    "a file": lambda gm: torch.equal(pickle.loads(pickle.dumps(gm))(X), X.sin()),
+    "a trace": lambda gm: "sin" in str(torch.export.export(gm, (X,)).graph),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_whoever_looks_between_passes_sees_the_graph_as_it_is(look: str) -> None:
+    seen: list[bool] = []
+
+    def check(gm: fx.GraphModule) -> int:
+        seen.append(LOOKS[look](gm))
+        return 0
+
+    gm = capture(nn.ReLU(), X)
+    Pipeline((make("one", action=turn), make("check", action=check), make("two", action=turn))).run(gm)
+    assert seen == [True] and torch.equal(gm(X), X.cos())
+
+
+def test_a_graph_that_a_pass_left_broken_still_runs() -> None:
+    def fail(gm: fx.GraphModule) -> int:
+        raise ValueError("no")
+
+    gm = capture(nn.ReLU(), X)
+    with pytest.raises(PassError):
+        Pipeline((make("one", action=turn), make("two", action=fail))).run(gm)
+    assert torch.equal(gm(X), X.sin())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import fx, nn
@@ -55,6 +58,65 @@ def test_propagate(gm: fx.GraphModule) -> None:
     assert propagate(aten.add.Tensor, (linear, linear), {"alpha": 2}).dtype == torch.float32
     del linear.meta["val"]
     assert propagate(aten.relu.default, (linear,)) is None
+
+
+def test_equal_examples_are_computed_once(gm: fx.GraphModule) -> None:
+    linear, relu = node(gm, "linear"), node(gm, "relu")
+    first = propagate(aten.sin.default, (linear,))
+    assert propagate(aten.sin.default, (relu,)) is first
+    for target, args, kwargs in (
+        (aten.cos.default, (linear,), {}),
+        (aten.mul.Tensor, (linear, 2.0), {}),
+        (aten.mul.Tensor, (linear, 3.0), {}),
+        (aten.sin.default, (node(gm, "x"),), {}),
+    ):
+        assert propagate(target, args, kwargs) is not first
+    assert propagate(aten.add.Tensor, (linear, linear), {"alpha": 2}).shape == value(linear).shape
+    assert propagate(aten.sum.dim_IntList, (linear, [0])).shape == (4,)
+    assert propagate(aten.sum.dim_IntList, (linear, [1])).shape == value(linear).shape[:1]
+
+
+def test_types_and_strides_tell_examples_apart(gm: fx.GraphModule) -> None:
+    linear = node(gm, "linear")
+    with gm.graph.inserting_after(linear):
+        half = insert_call(gm, aten.to.dtype, linear, torch.float16, like=linear)
+        other = insert_call(gm, aten.clone.default, linear, like=linear)
+    other.meta["val"] = value(linear).t().contiguous().t()
+    first = propagate(aten.sin.default, (linear,))
+    assert propagate(aten.sin.default, (half,)).dtype == torch.float16
+    assert propagate(aten.sin.default, (other,)).stride() != first.stride()
+
+
+def test_views_and_writes_have_examples_of_their_own(gm: fx.GraphModule) -> None:
+    """What aliases its input, or whose size data decide, is not what it was for another node."""
+    linear = node(gm, "linear")
+    views = [propagate(aten.t.default, (linear,)) for _ in range(2)]
+    assert views[0] is not views[1]
+    found = [propagate(aten.nonzero.default, (linear,)) for _ in range(2)]
+    assert found[0] is not found[1]
+
+
+def test_examples_go_with_their_nodes(gm: fx.GraphModule) -> None:
+    linear = node(gm, "linear")
+    held = weakref.ref(propagate(aten.sin.default, (linear,)))
+    gc.collect()
+    assert held() is None
+
+
+def test_buffers_of_one_size_share_an_example(gm: fx.GraphModule) -> None:
+    relu = node(gm, "relu")
+    with gm.graph.inserting_before(relu):
+        a, b, c, d = (
+            insert_buffer(gm, name, tensor, like=relu)
+            for name, tensor in (
+                ("a", torch.ones(4)),
+                ("b", torch.zeros(4)),
+                ("c", torch.ones(4, dtype=torch.int32)),
+                ("d", torch.ones(1, 4)),
+            )
+        )
+    assert value(a) is value(b)
+    assert value(c).dtype == torch.int32 and value(d).shape == (1, 4) and gm.b.sum() == 0
 
 
 def test_evaluate_constants(gm: fx.GraphModule) -> None:

@@ -21,7 +21,8 @@ MIB = 2**20
 def dump_page(options: Options, *, model: Sequence[str] = ("resnet50",), rounds: int = 3) -> Iterator[Figure]:
     """``qfx-dump resnet50 --format html`` in processes of its own: medians of their wall time, the file's size.
 
-    Import of torch, quantization, measurements and the page are all in it.
+    Import of torch, quantization, measurements and the page are all in it; compiling qfx to bytecode, which installing
+    does, is so in the first process only.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "page.html"
@@ -35,9 +36,10 @@ def dump_page(options: Options, *, model: Sequence[str] = ("resnet50",), rounds:
 
 def _run(arguments: Sequence[str]) -> float:
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "qfx.tools.dump", *arguments], env=os.environ | threads, capture_output=True, text=True
+        [sys.executable, "-m", "qfx.tools.dump", *arguments], env=kept | threads, capture_output=True, text=True
     )
     seconds = time.perf_counter() - start
     if done.returncode:

@@ -9,12 +9,15 @@ example inputs), or the file of a saved model.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,8 @@ from qfx.whole_file import write_whole
 
 ROWS = 16
 """Of an array of calibration data that make one batch."""
+
+_OBJECTS = 20_000  # that are made before the youngest are looked through; Python's own number is 700
 
 _INPUT = re.compile(
     r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dtype>\w+)\[(?P<sizes>\s*\d+(?:\s*,\s*\d+)*\s*)?\](?:<(?P<below>[1-9]\d*))?"
@@ -82,7 +87,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 2 where the user can mend what is wrong, which is told on stderr."""
     given = arguments(argv)
-    with reused(), warnings.catch_warnings(record=True) as told:
+    with _few_collections(), reused(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", QfxWarning)
         try:
             text = shown(given)
@@ -98,6 +103,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.output is None:
         sys.stdout.write(text)
     return 0
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Let Python look for garbage less often, and not in what was imported: that takes a second in all, and finds none.
+
+    Graphs and exported programs are cycles that hold tensors, so it is not turned off. A program that ends looks for
+    none at all: that would take another second.
+    """
+    atexit.register(gc.freeze)
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(_OBJECTS, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 def _complain(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tomllib
@@ -204,3 +205,9 @@ def test_a_file_that_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: P
     path.write_bytes(b"something else")
     status, _, err = run(capsys, str(path))
     assert status == 2 and err.startswith("error: ") and "bad.qfx" in err
+
+
+def test_garbage_is_collected_as_before() -> None:
+    before = gc.get_threshold(), gc.get_freeze_count()
+    assert main(["no-such-model"]) == 2
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before and gc.isenabled()
