@@ -142,7 +142,11 @@ def _nearest(rule: QuantRule, subjects: Iterable[Subject]) -> str:
 
 @dataclass
 class Plan:
-    """What the sweeps have found so far. ``offers`` may become integers; ``demands`` lists who asks for which spec."""
+    """What the sweeps have found so far. ``offers`` may become integers; ``demands`` lists who asks for which spec.
+
+    ``carried``: what depends on the content of inputs, not on sizes and parameters alone; integers are content where an
+    embedding looks them up.
+    """
 
     recipe: Recipe
     target: Target
@@ -151,6 +155,7 @@ class Plan:
     ends: set[fx.Node]
     qconfigs: dict[fx.Node, QConfig] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
+    carried: set[fx.Node] = field(default_factory=set)
     offers: set[fx.Node] = field(default_factory=set)
     demands: dict[fx.Node, list[QuantSpec]] = field(default_factory=dict)
     inputs: dict[fx.Node, dict[int, Spec]] = field(default_factory=dict)
@@ -161,6 +166,8 @@ class Plan:
 
     def offer(self, node: fx.Node) -> None:
         """Note whether the node's value can come as integers, and why not."""
+        if _brings_content(node) or any(n in self.carried for n in tensor_inputs(node)):
+            self.carried.add(node)
         if node.op != "call_function":
             return
         found = self._why_float(node)
@@ -214,6 +221,8 @@ class Plan:
             bias = argument(node, row.bias, "bias") if row.bias is not None else None
             if isinstance(bias, fx.Node) and not is_constant(bias):
                 return "its bias is computed from inputs"
+        elif row.kind is Kind.ANCHOR and not any(n in self.carried for n in tensor_inputs(node)):
+            return "it is computed from positions alone, whose every digit counts"
         if not any(is_floating(tensor_inputs(node)[i]) for i in activations(node)):
             return "integer or boolean arithmetic"
         refusal = self.target.refuses(node, row, qconfig)
@@ -334,6 +343,13 @@ class Plan:
 
 def _widest(asked: list[QuantSpec]) -> QuantSpec:
     return max(asked, key=lambda spec: spec.bits)
+
+
+def _brings_content(node: fx.Node) -> bool:
+    return name_of(node) in _LOOKUPS or (node.op == "placeholder" and is_floating(node))
+
+
+_LOOKUPS = ("embedding", "embedding_bag")
 
 
 def _has_weight(node: fx.Node) -> bool:

@@ -24,18 +24,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx, nn
 
 from qfx import jit
 from qfx.attributes import drop_unused, free_path, get_tensor, set_module, set_tensor
 from qfx.graph_module import CapturedModule
 from qfx.meta import add_notes, describe, info, update, value
-from qfx.operators import tensor_inputs
+from qfx.operators import is_floating, is_written, mutates, name_of, tensor_inputs
 from qfx.patterns import NoMatch
 from qfx.stage import Stage
 from qfx.targets.native.choice import Tune
 from qfx.targets.native.region import NativeRegion
 from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
+from qfx.targets.reference import MatmulLeaf
 from qfx.targets.x86_static import StaticLeaf
 from qfx.verify import leaf_of
 
@@ -56,25 +58,59 @@ class CompileRegions:
             add_notes(gm, "not native", [reason])
             return 0
         misses: list[NoMatch] = []
-        groups = [group for group in _groups(gm, misses) if any(_is_layer(gm, node) for node in group)]
+        for node in gm.graph.nodes:
+            if node.target in _VIEWS:  # results of regions have their own strides
+                node.target = torch.ops.aten.reshape.default
+        free = _free(gm)
+        groups = [group for group in _groups(gm, free, misses) if any(_is_layer(gm, node) for node in group)]
         for group in groups:
-            _replace(gm, group, self)
+            _replace(gm, group, free, self)
         drop_unused(gm)
         add_notes(gm, "not native", [str(miss) for miss in misses])
         return len(groups)
 
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
 def _is_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
     leaf = leaf_of(gm, node)
-    return isinstance(leaf, StaticLeaf | NativeWeightOnlyLeaf)
+    return isinstance(leaf, StaticLeaf | NativeWeightOnlyLeaf | MatmulLeaf)
+
+
+def _free(gm: fx.GraphModule) -> set[fx.Node]:
+    """What every region that reads it computes for itself, when it is compiled: sizes, and functions of parameters."""
+    sizes: set[fx.Node] = set()
+    known: set[fx.Node] = set()  # whatever the number of samples
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and not is_written(node):
+            known.add(node)
+        elif node.op == "call_function" and _is_size(node):
+            sizes.add(node)
+            if (name_of(node) == "sym_size" and node.args[1] != 0) or _is_known(node, known):
+                known.add(node)
+        elif node.op == "call_function" and _folds(node) and _is_known(node, known):
+            known.add(node)
+    return sizes | known
 
 
 def _is_size(node: fx.Node) -> bool:
-    """True for arithmetic on sizes, which every region does for itself."""
-    return node.op == "call_function" and not isinstance(value(node), Tensor | tuple | list)
+    return not isinstance(value(node), Tensor | tuple | list)
 
 
-def _groups(gm: fx.GraphModule, misses: list[NoMatch]) -> list[list[fx.Node]]:
+def _is_known(node: fx.Node, known: Collection[fx.Node]) -> bool:
+    return all(n in known for n in node.all_input_nodes)
+
+
+def _folds(node: fx.Node) -> bool:
+    """True for an operator without chance or effects that gives a tensor."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or not isinstance(value(node), Tensor):
+        return False
+    return torch.Tag.nondeterministic_seeded not in op.tags and not mutates(node)
+
+
+def _groups(gm: fx.GraphModule, free: Collection[fx.Node], misses: list[NoMatch]) -> list[list[fx.Node]]:
     """The nodes of each region, in order.
 
     A node's depth counts how often the way to it changes sides, between nodes with a native form (odd depths) and such
@@ -85,11 +121,11 @@ def _groups(gm: fx.GraphModule, misses: list[NoMatch]) -> list[list[fx.Node]]:
     found: defaultdict[int, list[fx.Node]] = defaultdict(list)
     for node in gm.graph.nodes:
         before = {n: depth[n] for n in tensor_inputs(node)}
-        if node.op not in ("call_function", "call_module") or _is_size(node):
+        if node.op not in ("call_function", "call_module") or node in free:
             depth[node] = max(before.values(), default=0)
             continue
-        native = _has_native_form(gm, node, depth, misses)
-        reached = max((d + (d % 2 != native and n.op != "get_attr") for n, d in before.items()), default=0)
+        native = _has_native_form(gm, node, free, depth, misses)
+        reached = max((d + (d % 2 != native and n not in free) for n, d in before.items()), default=0)
         depth[node] = reached + (reached % 2 != native)
         if native:
             found[depth[node]].append(node)
@@ -97,29 +133,34 @@ def _groups(gm: fx.GraphModule, misses: list[NoMatch]) -> list[list[fx.Node]]:
 
 
 def _has_native_form(
-    gm: fx.GraphModule, node: fx.Node, depth: Mapping[fx.Node, int], misses: list[NoMatch]
+    gm: fx.GraphModule,
+    node: fx.Node,
+    free: Collection[fx.Node],
+    depth: Mapping[fx.Node, int],
+    misses: list[NoMatch],
 ) -> bool:
-    from qfx.targets.native.operators import operator_of  # here, since the generator is much code that few models need
+    from qfx.targets.native.moves import MOVES  # here, since the generator is much code that few models need
+    from qfx.targets.native.operators import operator_of
 
-    source = node.args[0] if node.target is operator.getitem else None
-    if isinstance(source, fx.Node) and depth[source] % 2 == 0:
-        return False  # one of the results of what has none
+    source = node.args[0] if node.args and name_of(node) in MOVES else None
+    if isinstance(source, fx.Node) and depth[source] % 2 == 0 and source.op != "placeholder" and source not in free:
+        return False  # what moves elements stays where they are
     reason = operator_of(gm, node).refusal(gm, node)
-    if reason is not None and (node.op == "call_module" or isinstance(value(node), Tensor)):
+    if reason is not None and is_floating(node):
         misses.append(NoMatch(reason, node))
     return reason is None
 
 
-def _escapes(node: fx.Node, inside: Collection[fx.Node]) -> bool:
+def _escapes(node: fx.Node, inside: Collection[fx.Node], free: Collection[fx.Node]) -> bool:
     """True where anything outside reads the node, or its sizes."""
-    return any(user not in inside and (not _is_size(user) or _escapes(user, inside)) for user in node.users)
+    return any(user not in inside and (user not in free or _escapes(user, inside, free)) for user in node.users)
 
 
-def _replace(gm: fx.GraphModule, group: list[fx.Node], how: CompileRegions) -> None:
+def _replace(gm: fx.GraphModule, group: list[fx.Node], free: Collection[fx.Node], how: CompileRegions) -> None:
     """Call a region in place of ``group``."""
     inside = set(group)
-    outputs = [node for node in group if _escapes(node, inside)]
-    graph, inputs = _extract(gm, group, outputs)
+    outputs = [node for node in group if _escapes(node, inside, free)]
+    graph, inputs = _extract(gm, group, outputs, free)
     root = nn.Module()
     for node in graph.nodes:
         if node.op == "call_module":
@@ -146,14 +187,14 @@ def _replace(gm: fx.GraphModule, group: list[fx.Node], how: CompileRegions) -> N
             replacement.meta["val"] = value(node)
         node.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in inside)
     _move_readers(gm.graph, call, behind)
-    _erase(gm, inside)
+    _erase(gm, inside, free)
 
 
-def _erase(gm: fx.GraphModule, inside: Collection[fx.Node]) -> None:
+def _erase(gm: fx.GraphModule, inside: Collection[fx.Node], free: Collection[fx.Node]) -> None:
     """Erase what the region computes now, what only it reads, and the layers that nothing else calls."""
     paths = {str(node.target) for node in inside if node.op == "call_module"}
     for node in reversed(list(gm.graph.nodes)):
-        if not node.users and (node in inside or node.op == "get_attr" or _is_size(node)):
+        if not node.users and (node in inside or node in free):
             gm.graph.erase_node(node)
     for path in paths - {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}:
         gm.delete_submodule(path)  # whole: what it holds is the region's
@@ -172,14 +213,14 @@ def _move_readers(graph: fx.Graph, call: fx.Node, behind: fx.Node) -> None:
 
 
 def _extract(
-    gm: fx.GraphModule, group: list[fx.Node], outputs: list[fx.Node]
+    gm: fx.GraphModule, group: list[fx.Node], outputs: list[fx.Node], free: Collection[fx.Node]
 ) -> tuple[fx.Graph, list[fx.Node]]:
     """A graph of ``group`` and the nodes that its placeholders stand for."""
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     inputs: list[fx.Node] = []
     inside = set(group)
-    wanted = sorted(_sources(group, inside), key=list(gm.graph.nodes).index)
+    wanted = sorted(_sources(group, inside, free), key=list(gm.graph.nodes).index)
     for node in wanted:
         made[node] = placeholder = graph.placeholder(node.name)
         placeholder.meta.update(node.meta)
@@ -199,16 +240,14 @@ def _extract(
     return graph, inputs
 
 
-def _sources(group: list[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
-    """Tensors from outside that the group reads, by way of sizes too."""
+def _sources(group: list[fx.Node], inside: Collection[fx.Node], free: Collection[fx.Node]) -> set[fx.Node]:
+    """Tensors from outside that the group reads, by way of what is free too."""
     found: set[fx.Node] = set()
     todo = list(group)
     while todo:
         for source in tensor_inputs(todo.pop()):
-            if source in inside or source.op == "get_attr":
-                continue
-            if _is_size(source):
+            if source in free:
                 todo.append(source)
-            else:
+            elif source not in inside:
                 found.add(source)
     return found

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import qfx
+from qfx import jit
 from qfx.models.llama import LlamaConfig, build_llama
 from qfx.targets.native.inlined import regions_of
 from qfx.tools.bench_calls import call
-from qfx.tools.bench_figures import Figure, Options, at_least, at_most
+from qfx.tools.bench_figures import Figure, Options, Skip, at_least, at_most
 from qfx.tools.bench_timing import Candidate, take_turns
 
 DECODER = LlamaConfig(vocab_size=32000, dim=768, layers=12, heads=12, kv_heads=12, hidden=2048, max_length=64)
@@ -26,7 +27,13 @@ NATIVE, TORCH, READ = "native float32", "torch int4 in bfloat16", "read"
 
 
 def decode(options: Options, *, config: LlamaConfig = DECODER, rounds: int = 7) -> Iterator[Figure]:
-    """Time of one token, weights int4 in groups of 32, and the share of the memory's bandwidth that this takes."""
+    """Time of one token, weights int4 in groups of 32, and the share of the memory's bandwidth that this takes.
+
+    Raises:
+        Skip: no native program can be made here.
+    """
+    if (reason := jit.unavailable()) is not None:
+        raise Skip(f"no native programs: {reason}")
     token = (torch.ones(1, 1, dtype=torch.int64),)
     model = build_llama(config, seed=0)
     native = _quantized(model, token, "native")

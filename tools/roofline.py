@@ -71,15 +71,17 @@ def roofline(model: fx.GraphModule, example: Any, isa: str | None = None) -> str
     """The table, in the order of the steps; two operations make one multiply-accumulate."""
     peak = measured_peak(find(isa), torch.get_num_threads())
     steps = step_times(model, example)
-    rows = [
-        [s.layer, s.kernel, s.seconds * 1e6, 2e-12 * s.macs / s.seconds, s.macs / s.seconds / peak]
-        if s.macs
-        else [s.layer, s.kernel, s.seconds * 1e6, None, None]
-        for s in steps
-    ]
-    seconds, macs = sum(s.seconds for s in steps), sum(s.macs for s in steps)
-    rows.append(["all steps", "", seconds * 1e6, 2e-12 * macs / seconds, macs / seconds / peak])
+    whole = StepTime("all steps", "", sum(s.seconds for s in steps), sum(s.macs for s in steps))
+    rows = [[s.layer, s.kernel, s.seconds * 1e6, *_speed(s, peak)] for s in (*steps, whole)]
     table = tabulate(
         rows, ["layer", "kernel", "µs", "TOPS", "of the peak"], floatfmt=("", "", ".1f", ".3f", ".0%"), missingval=""
     )
     return f"{table}\n\nmeasured int8 peak: {2e-12 * peak:.3f} TOPS; Winograd saves products, and may pass it\n"
+
+
+def _speed(step: StepTime, peak: float) -> tuple[float | None, float | None]:
+    """TOPS, and the share of ``peak``; None where nothing is multiplied."""
+    if not step.macs:
+        return None, None
+    rate = step.macs / step.seconds
+    return 2e-12 * rate, rate / peak

@@ -26,6 +26,7 @@ from qfx.targets.x86_point import lower_point
 from qfx.targets.x86_static import StaticLeaf
 from qfx.targets.x86_weight_only import WeightOnlyLeaf
 
+PRODUCTS = ("matmul", "bmm")
 NO_PRODUCT = "x86 has no integer kernel for activation x activation"
 
 
@@ -53,7 +54,7 @@ class X86:
         general = Reference().refuses(node, op, qconfig)
         if general is not None:
             return general
-        if op.name in ("matmul", "bmm"):
+        if op.name in PRODUCTS:
             return NO_PRODUCT
         activation, weight = qconfig.activation, qconfig.weight
         if op.weight is None or weight is None or activation is None:

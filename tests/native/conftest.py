@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from qfx.targets.native import region
+from qfx.targets.native import making
 
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=all")
 
@@ -15,4 +15,4 @@ FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment",
 @pytest.fixture(autouse=True, scope="session")
 def _sanitized() -> None:
     if os.environ.get("QFX_TEST_SANITIZE") == "1":
-        region.build = functools.partial(region.build, flags=FLAGS)  # type: ignore[attr-defined]
+        making.build = functools.partial(making.build, flags=FLAGS)  # type: ignore[attr-defined]

@@ -148,11 +148,3 @@ EXPORT int gather(int threads, const int64_t* index, const float* table, float* 
   good = embedding(Team{omp_get_thread_num(), omp_get_num_threads()}, index, table, y, count, rows, cols);
   return good;
 }
-
-EXPORT void rotate(int threads, const float* x, float* y, const RotaryTable* table, const HeadStrides* strides,
-                   int interleaved, const int64_t* sizes) {
-  on_team(threads, [&](const Team& team) {
-    rotary(team, x, y, *table, strides[0], strides[1], interleaved != 0, sizes[0], sizes[1], sizes[2], sizes[3],
-           sizes[4]);
-  });
-}

@@ -42,11 +42,13 @@ class Branches(nn.Module):
         return tuple(branch(*inputs) for branch in self.branches.values())
 
 
-def native(model: nn.Module, *example: Tensor, recipe: Any = "int8", **options: Any) -> fx.GraphModule:
+def native(
+    model: nn.Module, *example: Tensor, recipe: Any = "int8", target: Any = "native", **options: Any
+) -> fx.GraphModule:
     """The model on the native engine, calibrated on the example alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = qfx.quantize(model.eval(), example, target="native", recipe=recipe, verbose=False, **options)
+        made = qfx.quantize(model.eval(), example, target=target, recipe=recipe, verbose=False, **options)
     assert isinstance(made, fx.GraphModule)
     return made
 

@@ -74,10 +74,6 @@ class AttentionShape(ctypes.Structure):
     ]
 
 
-class RotaryTable(ctypes.Structure):
-    _fields_ = [*fields("cosine sine", _PTR), *fields("batch token", _LONG), ("shared", ctypes.c_bool)]
-
-
 @functools.cache
 def library(build: str) -> ctypes.CDLL:
     loaded = jit.load(SOURCES, flags=BUILDS[build])
@@ -525,6 +521,12 @@ def heads_of(seed: int, batch: int, heads: int, tokens: int, dim: int) -> Tensor
     return randn(seed, batch, tokens, heads * dim + 5)[..., : heads * dim].unflatten(-1, (heads, dim)).transpose(1, 2)
 
 
+def operands(heads: int, q_len: int, kv_len: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one sample."""
+    q, k, v = (heads_of(seed, 1, heads, tokens, dim) for seed, tokens in enumerate((q_len, kv_len, kv_len)))
+    return q, k, v
+
+
 def strides_of(x: Tensor) -> HeadStrides:
     return HeadStrides(*x.stride()[:3])
 
@@ -554,6 +556,16 @@ def attention(
     used = scratch[:-16]
     library(build).attend(threads, *map(pointer, (q, k, v)), ctypes.byref(sink), ctypes.byref(shape), pointer(used))
     assert scratch[-16:].isnan().all()
+
+
+def attended(
+    build: str, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None = None, causal: bool = False, past: int = 0
+) -> Tensor:
+    """Floats [batch, q_len, heads, value_dim]."""
+    batch, heads, q_len, _ = q.shape
+    out = Out((batch, q_len, heads, v.shape[-1]), want="floats")
+    attention(build, q, k, v, out, mask_of(added, (batch, heads, q_len, k.shape[2]), causal, past))
+    return out.floats
 
 
 def exact_attention(
@@ -619,63 +631,57 @@ def test_attention_is_torchs(
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_over_several_blocks_of_keys(build: str, q_len: int, causal: bool) -> None:
     kv_len = 700
-    q, k, v = heads_of(0, 1, 2, q_len, 40), heads_of(1, 1, 2, kv_len, 40), heads_of(2, 1, 2, kv_len, 40)
+    q, k, v = operands(2, q_len, kv_len, 40)
     k[:, :, 500:] *= 4  # the maximum rises on the way
     added = random_mask(7, (1, 2, q_len, kv_len))
-    out = Out((1, q_len, 2, 40), want="floats")
-    attention(build, q, k, v, out, mask_of(added, (1, 2, q_len, kv_len), causal, kv_len - q_len))
+    got = attended(build, q, k, v, added, causal, kv_len - q_len)
     hidden = hidden_later(q_len, kv_len, kv_len - q_len) if causal else None
-    torch.testing.assert_close(out.floats.double(), exact_attention(q, k, v, added, hidden), atol=4e-6, rtol=4e-6)
+    torch.testing.assert_close(got.double(), exact_attention(q, k, v, added, hidden), atol=4e-6, rtol=4e-6)
 
 
 @in_every_build
 def test_a_block_of_hidden_keys_in_front_leaves_no_trace(build: str) -> None:
-    q, k, v = heads_of(0, 1, 2, 7, 16), heads_of(1, 1, 2, 400, 16), heads_of(2, 1, 2, 400, 16)
+    q, k, v = operands(2, 7, 400, 16)
     added = torch.full((1, 2, 7, 400), -500.0)  # from 0, all these weights would be 0
     added[..., :300] = -math.inf
-    out = Out((1, 7, 2, 16), want="floats")
-    attention(build, q, k, v, out, mask_of(added, tuple(added.shape)))
-    torch.testing.assert_close(out.floats.double(), exact_attention(q, k, v, added), atol=2e-4, rtol=2e-4)
+    got = attended(build, q, k, v, added)
+    torch.testing.assert_close(got.double(), exact_attention(q, k, v, added), atol=2e-4, rtol=2e-4)
 
 
 @in_every_build
 @pytest.mark.parametrize("q_len", [1, 9])
 def test_attention_is_as_accurate_as_torchs(build: str, q_len: int) -> None:
-    q, k, v = heads_of(0, 1, 4, q_len, 64) * 3, heads_of(1, 1, 4, 197, 64) * 3, heads_of(2, 1, 4, 197, 64)
-    out = Out((1, q_len, 4, 64), want="floats")
-    attention(build, q, k, v, out)
+    q, k, v = operands(4, q_len, 197, 64)
+    q, k = 3 * q, 3 * k
     exact = exact_attention(q, k, v)
     torchs = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    error, theirs = ((y.double() - exact).abs().mean() for y in (out.floats, torchs))
+    error, theirs = ((y.double() - exact).abs().mean() for y in (attended(build, q, k, v), torchs))
     assert error <= 4 * theirs
 
 
 @in_every_build
 @pytest.mark.parametrize("q_len", [1, 7])
 def test_queries_without_keys_give_zeros_and_all_least_masks_the_mean(build: str, q_len: int) -> None:
-    q, k, v = heads_of(0, 1, 2, q_len, 16), heads_of(1, 1, 2, 300, 16), heads_of(2, 1, 2, 300, 16)
+    q, k, v = operands(2, q_len, 300, 16)
     for value in (-math.inf, torch.finfo(torch.float32).min):
         added = torch.full((1, 2, q_len, 300), value)
-        out = Out((1, q_len, 2, 16), want="floats")
-        attention(build, q, k, v, out, mask_of(added, tuple(added.shape)))
+        got = attended(build, q, k, v, added)
         torchs = F.scaled_dot_product_attention(q, k, v, attn_mask=added).transpose(1, 2)
-        torch.testing.assert_close(out.floats, torchs, atol=1e-6, rtol=1e-6)
-    assert out.floats.abs().max() > 0
+        torch.testing.assert_close(got, torchs, atol=1e-6, rtol=1e-6)
+    assert got.abs().max() > 0
 
 
 @in_every_build
 @pytest.mark.parametrize("q_len", [1, 7])
 def test_nan_in_a_query_reaches_its_result_and_no_other(build: str, q_len: int) -> None:
-    q, k, v = heads_of(0, 1, 2, q_len, 16), heads_of(1, 1, 2, 30, 16), heads_of(2, 1, 2, 30, 16)
+    q, k, v = operands(2, q_len, 30, 16)
     q[0, 1, 0, 3] = math.nan
-    out = Out((1, q_len, 2, 16), want="floats")
-    attention(build, q, k, v, out)
     expected = torch.zeros(1, q_len, 2, 16, dtype=torch.bool)
     expected[0, 0, 1] = True
-    assert torch.equal(out.floats.isnan(), expected)
+    assert torch.equal(attended(build, q, k, v).isnan(), expected)
 
 
-# --- embedding, rotary position ---------------------------------------------------------------------------------------
+# --- embedding -------------------------------------------------------------------------------------------------------
 
 
 @in_every_build
@@ -689,66 +695,6 @@ def test_embedding_gathers_rows_and_tells_of_wrong_indices(build: str, cols: int
     index[4], index[28] = -1, 11
     assert library(build).gather(3, *arguments) == 0
     assert (y[[4, 28]] == 0).all()
-
-
-def rotated(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
-    """x [batch, heads, tokens, n] turned by tables of the same width, as Hugging Face spells it."""
-    if interleaved:
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    else:
-        low, high = x.chunk(2, -1)
-        turned = torch.cat([-high, low], -1)
-    return x * cosine[:, None] + turned * sine[:, None]
-
-
-@in_every_build
-@given(
-    batch=st.integers(1, 2),
-    heads=st.integers(1, 3),
-    tokens=st.integers(1, 9),
-    pairs=st.integers(1, 40),
-    rest=st.integers(0, 9),
-    interleaved=st.booleans(),
-    shared=st.booleans(),
-    one_table=st.booleans(),
-    in_place=st.booleans(),
-    seed=SEEDS,
-    threads=THREADS,
-)
-def test_rotary_position_is_the_formula(
-    build: str,
-    batch: int,
-    heads: int,
-    tokens: int,
-    pairs: int,
-    rest: int,
-    interleaved: bool,
-    shared: bool,
-    one_table: bool,
-    in_place: bool,
-    seed: int,
-    threads: int,
-) -> None:
-    x = heads_of(seed, batch, heads, tokens, 2 * pairs + rest)
-    width = pairs if shared else 2 * pairs
-    cosine, sine = (randn(seed + i, 1 if one_table else batch, tokens, width) for i in (1, 2))
-    full = [cosine, sine]
-    if shared:
-        full = [t.repeat_interleave(2, -1) if interleaved else torch.cat([t, t], -1) for t in full]
-    turned = rotated(x[..., : 2 * pairs], *full, interleaved)
-    expected = torch.cat([turned, x[..., 2 * pairs :]], -1).contiguous()
-    y = x if in_place else torch.empty(batch, heads, tokens, 2 * pairs + rest)
-    table = RotaryTable(pointer(cosine), pointer(sine), 0 if one_table else tokens * width, width, shared)
-    strides = (HeadStrides * 2)(strides_of(x), strides_of(y))
-    library(build).rotate(
-        threads,
-        *map(pointer, (x, y)),
-        ctypes.byref(table),
-        strides,
-        interleaved,
-        sizes(batch, heads, tokens, 2 * pairs + rest, 2 * pairs),
-    )
-    torch.testing.assert_close(y.contiguous(), expected, atol=1e-6, rtol=1e-6)
 
 
 # --- builds that do not run here --------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def images(stack: Net) -> torch.fx.GraphModule:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_convolutions(images: torch.fx.GraphModule, batch: int) -> None:
     assert_agrees(images, torch.randn(batch, 3, 9, 7))
-    assert len(region_of(images)._programs) == 1, "one program for every batch"
+    assert len(region_of(images).programs) == 1, "one program for every batch"
 
 
 def test_layouts_of_the_input(images: torch.fx.GraphModule) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qfx.targets.native.not_native import NotNative
-from qfx.targets.native.shapes import sizes_of
+from qfx.targets.native.shapes import SEVERAL, sizes_of
 from qfx.targets.native.views import BATCH
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ X, Y = torch.zeros(7, 4, 6), torch.zeros(7, 3, dtype=torch.int64)
 
 
 def sizes(gm: fx.GraphModule, *inputs: torch.Tensor) -> dict[str, object]:
-    return {node.name: size for node, size in sizes_of(gm, inputs).items()}
+    return {node.name: size for node, size in sizes_of(gm, inputs).of.items()}
 
 
 def test_the_batch_is_found_wherever_it_goes() -> None:
@@ -76,11 +76,17 @@ def test_the_number_of_samples_does_not_matter(samples: int) -> None:
     assert sizes(gm, torch.zeros(samples, 5), torch.zeros(samples, 3))["transpose_int"] == (5, BATCH)
 
 
+def test_rows_of_all_samples_in_one_dimension() -> None:
+    gm = graph_of((aten.view.default, "x", [-1, 6]), (aten.sym_size.int, "0", 0), (aten.view.default, "0", [-1, 4, 6]))
+    found = sizes_of(gm, (X, Y))
+    rows, count, back, _ = list(gm.graph.nodes)[2:]
+    assert found.joined == {rows} and found.of[count] == SEVERAL
+    assert found.of[rows] == found.of[back] == (BATCH, 4, 6)
+
+
 @pytest.mark.parametrize(
     ("calls", "reason"),
     [
-        ([(aten.view.default, "x", [-1, 6])], "depends on the batch by more than being it"),
-        ([(aten.cat.default, ["x", "x"])], "depends on the batch by more than being it"),
         ([(aten.slice.Tensor, "x", 0, 1, 9223372036854775807)], "depends on the batch by more than being it"),
         ([(aten.view.default, "x", [7, 24])], "does not run with other batches"),
         ([(aten.unbind.int, "x", 0)], "one result for each sample"),

@@ -57,7 +57,7 @@ def outside(gm: fx.GraphModule) -> list[str]:
 def same_nodes(one: fx.GraphModule, other: fx.GraphModule) -> None:
     """Node for node, in any order that the data allow: operators, and the operands of each.
 
-    Sizes do not count: a region finds out its own.
+    Sizes do not count: a region finds out its own. Nor does whether elements may be copied for another shape.
     """
 
     def expressions(gm: fx.GraphModule) -> list[str]:
@@ -68,6 +68,8 @@ def same_nodes(one: fx.GraphModule, other: fx.GraphModule) -> None:
                 target = type(gm.get_submodule(str(target))).__name__
             if node.op == "get_attr":
                 target = "tensor"
+            if target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                target = torch.ops.aten.reshape.default
             args = fx.map_arg((node.args, node.kwargs), lambda n: said[n])
             said[node] = f"{node.op}:{target}({args!s})"
         return sorted(text for text in said.values() if not text.startswith("call_function:aten.sym_size"))

@@ -8,6 +8,30 @@
 
 namespace qfx::f32 {
 
+struct Square {
+  QFX_F32 Vec operator()(Vec x) const { return x * x; }
+};
+
+struct Cube {
+  QFX_F32 Vec operator()(Vec x) const { return x * x * x; }
+};
+
+struct Sqrt {
+  QFX_F32 Vec operator()(Vec x) const { return square_root(x); }
+};
+
+struct Rsqrt {
+  QFX_F32 Vec operator()(Vec x) const { return 1.0f / square_root(x); }
+};
+
+struct Negate {
+  QFX_F32 Vec operator()(Vec x) const { return -x; }
+};
+
+struct Absolute {
+  QFX_F32 Vec operator()(Vec x) const { return absolute(x); }
+};
+
 struct Relu {
   QFX_F32 Vec operator()(Vec x) const { return max(Vec{}, x); }
 };

@@ -48,6 +48,31 @@ void binary(const Team& team, const Op& op, Operand a, Operand b, Output<T> out,
   }
 }
 
+// x * scale + shift, of which each row of x has one.
+template <class T>
+void scale_and_shift(const Team& team, const float* x, const float* scale, const float* shift, Output<T> out,
+                     int64_t rows, int64_t cols) {
+  const auto [begin, end] = team.share(rows);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* from = x + row * cols;
+    out.put_each(row * cols, cols, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      return fma(load(from + i, lanes), load(scale + i, lanes), load(shift + i, lanes));
+    });
+  }
+}
+
+// The mean of each row.
+template <class T>
+void mean(const Team& team, const float* x, Output<T> out, int64_t rows, int64_t cols) {
+  const auto [begin, end] = team.share(rows);
+  for (int64_t row = begin; row < end; ++row) {
+    const float total = sum_over(cols, [from = x + row * cols](int64_t i, auto lanes) __attribute__((always_inline)) {
+      return load(from + i, lanes);
+    });
+    out.put(row, all(total / static_cast<float>(cols)), First{1});
+  }
+}
+
 template <class T>
 void quantize(const Team& team, const float* x, T* q, QuantizeTo to, int64_t count) {
   const auto [begin, end] = team.share(count, kShare);

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -82,6 +83,7 @@ QFX_F32 Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 QFX_F32 Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 QFX_F32 Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 QFX_F32 Vec round_half_even(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+QFX_F32 Vec square_root(Vec v) { return _mm512_sqrt_ps(v); }
 QFX_F32 float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 QFX_F32 float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 // Integers that fit T, which is uint8_t or int8_t.
@@ -108,6 +110,7 @@ QFX_F32 Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 QFX_F32 Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 QFX_F32 Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 QFX_F32 Vec round_half_even(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+QFX_F32 Vec square_root(Vec v) { return _mm256_sqrt_ps(v); }
 QFX_F32 float sum(Vec v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -165,6 +168,10 @@ QFX_F32 Vec round_half_even(Vec v) {
   const Vec size = from_bits(bits(v) & INT32_MAX);
   const Vec rounded = (size + 0x1p23f) - 0x1p23f;
   return from_bits(bits(size < 0x1p23f ? rounded : size) | sign);
+}
+QFX_F32 Vec square_root(Vec v) {
+  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
+  return v;
 }
 QFX_F32 float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #if defined(QFX_F32_X86)

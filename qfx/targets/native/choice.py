@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -29,13 +30,18 @@ class Choice:
 
     @classmethod
     def of(cls, plain: Any) -> Choice:
-        """What :meth:`plain` gave; leaves all open where it is anything else."""
-        names = cls.__dataclass_fields__
-        if not isinstance(plain, dict) or not plain.keys() <= names.keys():
+        """What :meth:`plain` gave; leaves all open where it is anything else, since a kernel believes its sizes."""
+        if not isinstance(plain, dict) or not plain.keys() <= _FITS.keys():
             return cls()
-        types = {"kernel": str, "scale": float, "parts": int}
-        fits = all(isinstance(value, types[name]) for name, value in plain.items())
-        return cls(**plain) if fits else cls()
+        return cls(**plain) if all(_FITS[name](value) for name, value in plain.items()) else cls()
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "kernel": lambda value: isinstance(value, str),
+    "scale": lambda value: isinstance(value, float) and value in SCALES["full"],
+    "parts": lambda value: type(value) is int and value >= 1,
+}
+"""Which values are ever tried. The name of a kernel is looked at where it is used: not every layer has every kernel."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ class Compiled:
     values: Mapping[str, View]
     _library: Any
     _constants: Tensor
+    _tables: tuple[Tensor, ...]
     _outputs: tuple[View, ...]
+    _joined: tuple[bool, ...]
     _plan: Offsets
     _apart: Offsets
     _memory: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
@@ -102,15 +104,21 @@ class Compiled:
             for view in self._outputs
         )
         if samples == 0:
-            return outputs
+            return self._given(outputs)
         arena, scratch = (_aligned(m) for m in memory)
-        data = (ctypes.c_void_p * len(inputs))(*(x.data_ptr() for x in inputs))
+        given = [x.data_ptr() for x in (*inputs, *self._tables)]
+        data = (ctypes.c_void_p * len(given))(*given)
         results = (ctypes.c_void_p * len(outputs))()
         for view, y in zip(self._outputs, outputs, strict=True):
             results[view.buffer.index] = y.data_ptr()
         constants = self._constants.data_ptr()
-        self._library.qfx_run(data, results, constants, arena, offsets[0], scratch, samples, threads, times)
-        return outputs
+        if self._library.qfx_run(data, results, constants, arena, offsets[0], scratch, samples, threads, times):
+            raise IndexError("index out of range in self")  # what torch's own embedding says
+        return self._given(outputs)
+
+    def _given(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs with as many dimensions as the graph gives them."""
+        return tuple(y.flatten(0, 1) if joined else y for y, joined in zip(outputs, self._joined, strict=True))
 
     def _take(self, samples: int, threads: int) -> Memory:
         """Memory for one run: what an earlier one left, where it fits. Lists pop and append atomically."""
@@ -181,8 +189,11 @@ def build(
     known = {node.name: view for node, view in emitter.values.items() if isinstance(view, View)}
     values = {name: view for name, view in known.items() if view.buffer.place != "constant"}
     plans = [_offsets(*plan) for plan in (program.plan(), program.apart())]
+    constants, tables = program.constants(), tuple(program.tables)
+    steps = tuple(program.steps)
+    joined = tuple(node in emitter.sizes.joined for node in gm.graph.output_node().all_input_nodes)
     return Compiled(
-        tuple(program.steps), text, values, library, program.constants(), outputs, _plan=plans[0], _apart=plans[1]
+        steps, text, values, library, constants, tables, outputs, joined, _plan=plans[0], _apart=plans[1]
     )
 
 
@@ -195,5 +206,5 @@ def _load(text: str, flags: tuple[str, ...]) -> Any:
     library.qfx_scratch.argtypes, library.qfx_scratch.restype = [], ctypes.c_int64
     pointers = [ctypes.c_void_p] * 6
     library.qfx_run.argtypes = [*pointers, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
-    library.qfx_run.restype = None
+    library.qfx_run.restype = ctypes.c_int
     return library

@@ -78,5 +78,5 @@ def _per_tensor(node: fx.Node) -> bool:
     return node.args[3] is None and isinstance(scale, fx.Node) and is_constant(scale)
 
 
-QUANTIZE = Operator(quantize_refusal, emit_quantize)
-DEQUANTIZE = Operator(dequantize_refusal, emit_dequantize)
+QUANTIZE = Operator(quantize_refusal, emit_quantize, by_row=True)
+DEQUANTIZE = Operator(dequantize_refusal, emit_dequantize, by_row=True)

@@ -16,6 +16,7 @@ from qfx.targets.native.isa import Isa
 from qfx.targets.native.join_places import place_in_join
 from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.program import ELEMENTS, Program, Step
+from qfx.targets.native.shapes import Sizes
 from qfx.targets.native.views import BATCH, Border, Element, View
 
 Emit = Callable[["Emitter", fx.Node], None]
@@ -27,30 +28,33 @@ class Operator:
     """How an operator gets into a program.
 
     ``refusal``: why a node has no native form, or None. ``needs``: the borders that it reads around its inputs.
+    ``by_row``: it may have dimensions put in front, for it counts none from the first.
     """
 
     refusal: Callable[[fx.GraphModule, fx.Node], str | None]
     emit: Emit
     needs: Needs = lambda emitter, node: {}
+    by_row: bool = False
 
 
 @dataclass
 class Emitter:
     """One region at given shapes.
 
-    ``sizes``: of every tensor node's value, ``BATCH`` for the batch. ``values``: what is known of a node so far: a
-    view, a constant tensor, or plain Python values. ``borders``: what readers need around an image. ``rounded``:
-    integers that a quantize operator shall give, and that are there already. ``joins``: concatenations that some of
-    their parts are written into. ``arranged``: data of weight-only layers in the order of the kernel.
+    ``sizes``: of every node's value. ``values``: what is known of a node so far: a view, a constant tensor, or plain
+    Python values. ``stored``: the views of constants that steps read. ``borders``: what readers need around an image.
+    ``rounded``: integers that a quantize operator shall give, and that are there already. ``joins``: concatenations
+    that some of their parts are written into. ``arranged``: data of weight-only layers in the order of the kernel.
     ``choices``: how layers are computed, by the names of their nodes. ``vary``: which are computed in every way there
     is. ``packed``: weights of a layer for a kernel.
     """
 
     gm: fx.GraphModule
-    sizes: Mapping[fx.Node, Any]
+    sizes: Sizes
     program: Program
     operators: Callable[[fx.GraphModule, fx.Node], Operator]
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    stored: dict[fx.Node, View] = field(default_factory=dict)
     borders: dict[fx.Node, Border] = field(default_factory=dict)
     rounded: dict[fx.Node, View] = field(default_factory=dict)
     joins: dict[fx.Node, View] = field(default_factory=dict)
@@ -69,7 +73,9 @@ class Emitter:
         if isinstance(found, Tensor):
             if found.dtype not in ELEMENTS:
                 raise NotNative(f"{node} is a constant of {found.dtype}")
-            found = self.values[node] = self.program.constant_view(found)
+            if node not in self.stored:
+                self.stored[node] = self.program.constant_view(found)
+            return self.stored[node]
         if not isinstance(found, View):
             raise NotNative(f"{node} is no tensor of the program")
         return found
@@ -82,7 +88,7 @@ class Emitter:
         return found
 
     def size(self, node: fx.Node) -> tuple[int, ...]:
-        found = self.sizes[node]
+        found = self.sizes.of[node]
         assert isinstance(found, tuple)
         return found
 
@@ -132,17 +138,20 @@ class Emitter:
                 outputs = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
                 return tuple(self._output(n) for n in outputs)
             elif not self._folded(node):
-                self.operators(self.gm, node).emit(self, node)
+                operator = self.operators(self.gm, node)
+                if not operator.by_row and not self.sizes.joined.isdisjoint((node, *node.all_input_nodes)):
+                    raise NotNative(f"{node} has the rows of all samples in one dimension")
+                operator.emit(self, node)
         raise AssertionError("a graph has an output")
 
     def _folded(self, node: fx.Node) -> bool:
-        """Compute what needs no input now: sizes, and functions of parameters."""
-        if not isinstance(self.sizes[node], tuple):
-            self.values[node] = self.sizes[node]
+        """Compute what needs no input now: sizes, and functions of them and of parameters."""
+        if not isinstance(self.sizes.of[node], tuple):
+            self.values[node] = self.sizes.of[node]
             return True
         inputs = [self.values.get(n) for n in node.all_input_nodes]
         known = [isinstance(v, Tensor) or (isinstance(v, int) and v != BATCH) for v in inputs]
-        if node.op != "call_function" or not all(known) or not any(isinstance(v, Tensor) for v in inputs):
+        if node.op != "call_function" or not all(known):
             return False
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         assert callable(node.target)

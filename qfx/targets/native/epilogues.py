@@ -12,7 +12,7 @@ from qfx.targets.base import Step
 from qfx.targets.native.images import base
 from qfx.targets.native.program import Program
 from qfx.targets.native.views import Buffer, View
-from qfx.targets.reference import QParamsBuffers
+from qfx.targets.reference import MatmulLeaf, QParamsBuffers
 from qfx.targets.x86_post_ops import real_bounds
 from qfx.targets.x86_static import StaticLeaf
 
@@ -47,7 +47,7 @@ def refusal(steps: tuple[Step, ...]) -> str | None:
 
 def epilogue_of(
     program: Program,
-    leaf: StaticLeaf,
+    leaf: StaticLeaf | MatmulLeaf,
     steps: tuple[Step, ...],
     out: View,
     other: View | None,
@@ -78,7 +78,7 @@ def epilogue_of(
     return Epilogue(code, reads, other)
 
 
-def _other(leaf: StaticLeaf, other: View | None) -> tuple[str, str, tuple[Buffer, ...]]:
+def _other(leaf: StaticLeaf | MatmulLeaf, other: View | None) -> tuple[str, str, tuple[Buffer, ...]]:
     if other is None:
         return "NoOther", "{}", ()
     name, reader = base(other), leaf.others[0] if len(leaf.others) else None
@@ -88,7 +88,7 @@ def _other(leaf: StaticLeaf, other: View | None) -> tuple[str, str, tuple[Buffer
     return f"IntegerOther<{other.element}>", f"{{{name}, {affine}}}", (other.buffer,)
 
 
-def _out(leaf: StaticLeaf, out: View, low: float, high: float) -> tuple[str, str]:
+def _out(leaf: StaticLeaf | MatmulLeaf, out: View, low: float, high: float) -> tuple[str, str]:
     name = base(out)
     if leaf.output is None:
         return "Floats", f"{{{name}}}"

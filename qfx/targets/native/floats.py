@@ -1,4 +1,4 @@
-"""Float operators between layers: norms, attention, arithmetic, activations, with the rounding of their results."""
+"""Float operators over rows, between layers: norms, attention, softmax, with the rounding of their results."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from qfx.meta import value
-from qfx.operators import argument, name_of
+from qfx.operators import argument, is_constant, name_of
 from qfx.ops import quantize
 from qfx.targets.native.copies import dense_of
 from qfx.targets.native.crossings import quantize_refusal
 from qfx.targets.native.emitter import Emitter, Operator
-from qfx.targets.native.epilogues import FUNCTIONS, number
+from qfx.targets.native.epilogues import number
 from qfx.targets.native.moves import MOVES
 from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.program import ELEMENTS, pointer
@@ -93,7 +93,7 @@ def dense(emitter: Emitter, node: Any, what: fx.Node) -> View:
     return dense_of(emitter, view, str(what))
 
 
-def _float_refusal(gm: fx.GraphModule, node: fx.Node, *others: fx.Node) -> str | None:
+def float_refusal(gm: fx.GraphModule, node: fx.Node, *others: fx.Node) -> str | None:
     """Why ``node`` has no float kernel, or None; ``others`` are inputs of another type."""
     vals = [value(n) for n in (node, *node.all_input_nodes) if n not in others]
     if any(v.dtype != torch.float32 for v in vals if isinstance(v, Tensor)):
@@ -106,7 +106,7 @@ def _float_refusal(gm: fx.GraphModule, node: fx.Node, *others: fx.Node) -> str |
 
 def _norm_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     shape: Any = node.args[1]
-    return _float_refusal(gm, node) or (None if len(shape) == 1 else "natively, norms are over the last dimension")
+    return float_refusal(gm, node) or (None if len(shape) == 1 else "natively, norms are over the last dimension")
 
 
 def _norm(emitter: Emitter, node: fx.Node) -> None:
@@ -147,7 +147,7 @@ def _attention_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
         return "native attention takes [batch, heads, tokens, features]"
     if query.shape[1] != key.shape[1]:
         return "native attention takes as many heads of keys as of queries"
-    return _float_refusal(gm, node, *([mask] if mask is not None and value(mask).dtype == torch.bool else []))
+    return float_refusal(gm, node, *([mask] if mask is not None and value(mask).dtype == torch.bool else []))
 
 
 def _attention(emitter: Emitter, node: fx.Node) -> None:
@@ -184,7 +184,10 @@ def _mask(emitter: Emitter, mask: Any, node: fx.Node, keys: int) -> tuple[str, l
     """Pointer and strides of what is added to the scores, in C++, and the tensor behind it."""
     if mask is None:
         return "nullptr, 0, 0, 0", []
-    view = emitter.view(mask)
+    known = emitter.values[mask]
+    if isinstance(known, Tensor) and known.dtype == torch.bool:
+        known = torch.zeros(known.shape).masked_fill(~known, -torch.inf)
+    view = emitter.program.constant_view(known) if isinstance(known, Tensor) else emitter.view(mask)
     if view.element == "bool":
         view = _additive(emitter, view, node)
     if view.sizes[3] != keys or view.strides[3] != 1:
@@ -213,77 +216,80 @@ def _heads(emitter: Emitter, view: View, node: fx.Node) -> View:
     return view if beside else dense_of(emitter, view, str(node))
 
 
-# --- element by element -----------------------------------------------------------------------------------------------
-
-_BINARY = {"add": "Add", "sub": "Subtract", "mul": "Multiply", "div": "Divide"}
+# --- softmax ----------------------------------------------------------------------------------------------------------
 
 
-def _binary_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    left, right = node.args[:2]
-    of_tensors = all(isinstance(n, fx.Node) and isinstance(value(n), Tensor) for n in (left, right))
-    if not of_tensors or argument(node, 2, "alpha", 1) != 1:
-        return "native arithmetic is of two tensors"
-    shape = value(node).shape
-    for n in node.all_input_nodes:
-        ends = tuple(value(n).shape)
-        while ends and ends[0] == 1:
-            ends = ends[1:]
-        if ends != tuple(shape)[len(shape) - len(ends) :]:
-            return "natively, the smaller operand is repeated as a whole"
-    return _float_refusal(gm, node)
+def _softmax_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    dims = value(node).ndim
+    if argument(node, 1, "dim") not in (-1, dims - 1):
+        return "natively, softmax is over the last dimension"
+    return float_refusal(gm, node)
 
 
-def _binary(emitter: Emitter, node: fx.Node) -> None:
-    if node in emitter.values:  # a layer has added it already
-        return
-    size = numel(emitter.size(node))
-    operands, reads, cols = [], [], size
-    for n in node.all_input_nodes if len(node.all_input_nodes) == 2 else node.all_input_nodes * 2:
-        known = emitter.values[n]
-        if isinstance(known, Tensor):
-            operands.append((emitter.program.constant(known.float()), "1"))
-            cols = min(cols, known.numel())
-            continue
-        view = dense(emitter, n, node)
-        if numel(view.sizes) != size:
-            raise NotNative(f"{node} repeats a value that depends on the batch")
-        reads.append(view)
-        operands.append((pointer(view.buffer, view.offset), "rows"))
+def _softmax(emitter: Emitter, node: fx.Node) -> None:
+    x = dense(emitter, node.args[0], node)
+    out, made = result(emitter, node, natural(emitter, node))
+    emitter.program.headers.add("softmax.h")
+    keys = x.sizes[-1]
+    sizes = f"n, 1, {numel(x.sizes) // keys}, {keys}"
+    call = f"f32::softmax(team, {pointer(x.buffer, x.offset)}, {out}, f32::Mask{{}}, {sizes}, 1.0f);"
+    emitter.step(call, [x], made, node, "softmax")
+
+
+# --- means ------------------------------------------------------------------------------------------------------------
+
+
+def _mean_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    dims: Any = argument(node, 1, "dim")
+    last = value(node.args[0]).ndim - 1  # type: ignore[arg-type]
+    if dims is None or [*dims] not in ([-1], [last]) or last == 0:
+        return "natively, means of floats are over the last dimension"
+    return float_refusal(gm, node)
+
+
+def _mean(emitter: Emitter, node: fx.Node) -> None:
+    x = dense(emitter, node.args[0], node)
     out, made = result(emitter, node, natural(emitter, node))
     emitter.program.headers.add("elementwise.h")
-    given = ", ".join(f"f32::Operand{{{data}, {rows}}}" for data, rows in operands)
-    code = (
-        f"const int64_t rows = n * {size // cols};\n"
-        f"f32::binary(team, f32::{_BINARY[name_of(node)]}{{}}, {given}, {out}, rows, {cols});"
-    )
-    emitter.step(code, reads, made, node, name_of(node))
+    cols = x.sizes[-1]
+    call = f"f32::mean(team, {pointer(x.buffer, x.offset)}, {out}, n * {numel(x.sizes) // cols}, {cols});"
+    emitter.step(call, [x], made, node, "mean")
 
 
-def _activation_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    return _float_refusal(gm, node)
+# --- embeddings -------------------------------------------------------------------------------------------------------
 
 
-def _activation(emitter: Emitter, node: fx.Node) -> None:
-    x = dense(emitter, node.args[0], node)
-    function = _ACTIVATIONS[name_of(node)](*node.args[1:], **node.kwargs)
-    out, made = result(emitter, node, natural(emitter, node))
-    emitter.program.headers.add("activations.h")
-    call = f"f32::activate(team, f32::{function}, {pointer(x.buffer, x.offset)}, {out}, n * {numel(x.sizes)});"
-    emitter.step(call, [x], made, node, name_of(node))
+def _embedding_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    table, indices = node.args[:2]
+    assert isinstance(table, fx.Node) and isinstance(indices, fx.Node)
+    if value(indices).dtype != torch.int64 or not is_constant(table):
+        return "native tables are constant, and read by int64"
+    return float_refusal(gm, node, indices)
 
 
-_ACTIVATIONS: dict[str, Callable[..., str]] = {**FUNCTIONS, "relu": lambda: "Relu{}"}
+def _embedding(emitter: Emitter, node: fx.Node) -> None:
+    table = emitter.parameter(node.args[0])
+    indices = dense_of(emitter, emitter.view(node.args[1]), str(node))
+    out = emitter.tensor(node, "float")
+    held = emitter.program.table(table)
+    emitter.program.headers.add("embedding.h")
+    sizes = f"n * {numel(indices.sizes)}, {table.shape[0]}, {table.shape[1]}"
+    given = ", ".join(pointer(buffer) for buffer in (indices.buffer, held, out.buffer))
+    code = f"if (!f32::embedding(team, {given}, {sizes})) wrong = 1;"
+    emitter.step(code, [indices, View(held, tuple(table.shape), table.stride())], [out], node, "embedding")
 
 
-NORM = Operator(_norm_refusal, _norm)
+NORM = Operator(_norm_refusal, _norm, by_row=True)
 ATTENTION = Operator(_attention_refusal, _attention)
-FLOAT_BINARY = Operator(_binary_refusal, _binary)
-ACTIVATION = Operator(_activation_refusal, _activation)
+SOFTMAX = Operator(_softmax_refusal, _softmax, by_row=True)
+MEAN = Operator(_mean_refusal, _mean, by_row=True)
+EMBEDDING = Operator(_embedding_refusal, _embedding, by_row=True)
 
 FLOATS: dict[str, Operator] = {
     **dict.fromkeys(PARAMETERS, NORM),
     "scaled_dot_product_attention": ATTENTION,
-    **dict.fromkeys(_BINARY, FLOAT_BINARY),
-    **dict.fromkeys(_ACTIVATIONS, ACTIVATION),
+    "softmax": SOFTMAX,
+    "mean": MEAN,
+    "embedding": EMBEDDING,
 }
 """By their ATen names."""

@@ -16,6 +16,8 @@ def image(view: View) -> str:
 
 def base(view: View) -> str:
     """The C++ pointer to where the image begins, its border included."""
+    if view.border == Border():
+        return pointer(view.buffer, view.offset)
     inside = view.border.top * view.strides[2] + view.border.left * view.strides[3]
     return pointer(view.buffer, view.offset - inside)
 

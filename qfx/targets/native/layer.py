@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +17,8 @@ from qfx.targets.native.images import base, border_fill, image
 from qfx.targets.native.isa import Isa
 from qfx.targets.native.program import Program
 from qfx.targets.native.views import View
+from qfx.targets.reference import MatmulLeaf
+from qfx.targets.x86_kernels import Convolution
 from qfx.targets.x86_static import StaticLeaf, signed
 
 
@@ -25,27 +26,22 @@ from qfx.targets.x86_static import StaticLeaf, signed
 class Geometry:
     """A layer as a convolution: a linear layer is one of 1 x 1 on an image of one row."""
 
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
 
 
 def geometry_of(leaf: StaticLeaf) -> Geometry:
     if len(leaf.weight_shape) == 2:
         return Geometry()
-    stride, padding, dilation = (_pair(v) for v in leaf.args[:3])
-    height, width = leaf.weight_shape[2:]
-    return Geometry((height, width), stride, padding, dilation, leaf.args[3])
+    conv = leaf.geometry
+    assert isinstance(conv, Convolution)
+    return Geometry(leaf.weight_shape[2:], conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _pair(values: Any) -> tuple[int, int]:
-    given = (values, values) if isinstance(values, int) else tuple(values)
-    return (given[0], given[-1])
-
-
-def steps_of(leaf: StaticLeaf) -> tuple[Step, ...]:
+def steps_of(leaf: StaticLeaf | MatmulLeaf) -> tuple[Step, ...]:
     """What runs behind the sums."""
     return tuple(Step(name, None, args, None, tuple(kwargs.items())) for name, _, args, kwargs in leaf.calls)
 
@@ -144,9 +140,10 @@ class Layer:
     @property
     def signature(self) -> str:
         """All that the speed of a kernel depends on."""
-        sizes = f"{self.x.sizes[1:]} {self.x.strides[2:]} {self.out.sizes[1:]} {self.out.strides[2:]}"
+        sizes = f"{self.x.sizes[1:]} {self.x.strides} {self.out.sizes[1:]} {self.out.strides[2:]}"
         behind = self.epilogue.code.partition(" epilogue")[0].removeprefix("const ")
-        return f"{self.leaf.weight_shape} {self.geometry} {sizes} {behind} {self.program.threads} threads"
+        flip = f"flip {self.flip}"
+        return f"{self.leaf.weight_shape} {self.geometry} {sizes} {flip} {behind} {self.program.threads} threads"
 
     def add(self, call: str, header: str, kernel: str, scratch: str = "0") -> None:
         """Add the step: the C++ statement ``call`` behind that of the epilogue, which it names."""

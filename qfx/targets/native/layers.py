@@ -114,7 +114,9 @@ def _choices(emitter: Emitter, node: fx.Node, leaf: StaticLeaf) -> list[Choice]:
     vary = emitter.vary
     if vary is None or node.name not in vary.layers:
         made = emitter.choices.get(node.name, Choice())
-        return [made if made.kernel in kernels else replace(made, kernel=kernels[0])]
+        if made.kernel in (None, *kernels):
+            return [replace(made, kernel=made.kernel or kernels[0])]
+        return [Choice(kernels[0])]  # the sizes were for another kernel
     if kernels == ["depthwise"]:
         return [Choice("depthwise")]
     parts = [None] if not vary.parts or emitter.program.threads == 1 else [1, emitter.program.threads]
@@ -155,4 +157,5 @@ def _constants(emitter: Emitter, leaf: StaticLeaf) -> tuple[str, str, str]:
     return put(bias.to(torch.int32)), put(scale.float()), shift
 
 
-LAYER = Operator(layer_refusal, emit_layer, layer_needs)
+CONVOLUTION = Operator(layer_refusal, emit_layer, layer_needs)
+LINEAR = Operator(layer_refusal, emit_layer, layer_needs, by_row=True)

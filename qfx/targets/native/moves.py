@@ -84,7 +84,7 @@ def _slice(emitter: Emitter, node: fx.Node, view: View) -> View:
 
 def _pieces(emitter: Emitter, node: fx.Node, view: View) -> Any:
     """Parts along one dimension, whose sizes the shapes tell."""
-    sizes = emitter.sizes[node]
+    sizes = emitter.sizes.of[node]
     dim = _dim(node, view, 2)
     found, start = [], 0
     for piece in sizes:
@@ -94,19 +94,19 @@ def _pieces(emitter: Emitter, node: fx.Node, view: View) -> Any:
 
 
 def _expand(emitter: Emitter, node: fx.Node, view: View) -> View:
-    sizes = emitter.size(node)
-    missing = len(sizes) - len(view.sizes)
-    kept = zip(view.strides, view.sizes, sizes[missing:], strict=True)
-    strides = [0] * missing + [stride if have == size else 0 for stride, have, size in kept]
-    return View(view.buffer, sizes, tuple(strides), view.offset)
+    return view.expand(emitter.size(node))
 
 
 def _same(emitter: Emitter, node: fx.Node, view: View) -> View:
     return view
 
 
-_MOVES: dict[str, Any] = {
+_BY_ROW: dict[str, Any] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
+    **dict.fromkeys(("contiguous", "clone", "detach", "alias", "to", "type_as", "_to_copy"), _same),
+}
+
+_BY_DIMENSION: dict[str, Any] = {
     "permute": _permute,
     "transpose": _transpose,
     "t": _transpose,
@@ -115,18 +115,23 @@ _MOVES: dict[str, Any] = {
     "slice": _slice,
     "expand": _expand,
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _pieces),
-    **dict.fromkeys(("contiguous", "clone", "detach", "alias"), _same),
 }
 
-MOVES = frozenset({*_MOVES, "getitem"})
-"""Names of the operators that :data:`MOVE` takes."""
+_MOVES = _BY_ROW | _BY_DIMENSION
 
 
 def _refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     val = value(node)
     moved = val if isinstance(val, tuple | list) else (val,)
+    source = value(node.all_input_nodes[0])
+    if name_of(node) != "getitem" and isinstance(val, torch.Tensor) and source.dtype != val.dtype:
+        return "natively, nothing changes types but what rounds"
     other = next((v.dtype for v in moved if isinstance(v, torch.Tensor) and v.dtype not in ELEMENTS), None)
     return None if other is None else f"native programs have no {other}"
 
 
-MOVE = Operator(_refusal, _move)
+MOVES: dict[str, Operator] = {
+    **dict.fromkeys(_BY_ROW, Operator(_refusal, _move, by_row=True)),
+    **dict.fromkeys((*_BY_DIMENSION, "getitem"), Operator(_refusal, _move)),
+}
+"""By their ATen names."""

@@ -7,17 +7,20 @@ from torch import fx
 from qfx.operators import name_of
 from qfx.ops import dequantize, quantize
 from qfx.targets.native.crossings import DEQUANTIZE, QUANTIZE
+from qfx.targets.native.elementwise import ELEMENTWISE
 from qfx.targets.native.emitter import Emitter, Operator
 from qfx.targets.native.floats import FLOATS
 from qfx.targets.native.joins import JOIN
-from qfx.targets.native.layers import LAYER
-from qfx.targets.native.moves import MOVE, MOVES
+from qfx.targets.native.layers import CONVOLUTION, LINEAR
+from qfx.targets.native.moves import MOVES
 from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.pads import PAD
 from qfx.targets.native.points import BINARY, TABLE
 from qfx.targets.native.pools import POOL, WINDOWS
+from qfx.targets.native.products import PRODUCT
 from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
 from qfx.targets.native.weight_only_layer import WEIGHT_ONLY
+from qfx.targets.reference import MatmulLeaf
 from qfx.targets.x86_point import LoopLeaf, TableLeaf
 from qfx.targets.x86_static import StaticLeaf
 
@@ -41,9 +44,11 @@ def operator_of(gm: fx.GraphModule, node: fx.Node) -> Operator:
     if node.op == "call_module":
         leaf = gm.get_submodule(str(node.target))
         if isinstance(leaf, StaticLeaf):
-            return LAYER
+            return LINEAR if len(leaf.weight_shape) == 2 else CONVOLUTION
         if isinstance(leaf, NativeWeightOnlyLeaf):
             return WEIGHT_ONLY
+        if isinstance(leaf, MatmulLeaf):
+            return PRODUCT
         if isinstance(leaf, TableLeaf):
             return TABLE
         return _LOOPS.get(leaf.operator, NONE) if isinstance(leaf, LoopLeaf) else NONE
@@ -54,4 +59,4 @@ def operator_of(gm: fx.GraphModule, node: fx.Node) -> Operator:
     name = name_of(node)
     if name in ("cat", "stack"):
         return JOIN
-    return MOVE if name in MOVES else FLOATS.get(name, NONE)
+    return MOVES.get(name) or ELEMENTWISE.get(name) or FLOATS.get(name, NONE)

@@ -108,5 +108,5 @@ def _base(view: View) -> str:
     return base(view) if len(view.sizes) == 4 else pointer(view.buffer, view.offset)
 
 
-TABLE = Operator(point_refusal, emit_table)
-BINARY = Operator(point_refusal, emit_binary)
+TABLE = Operator(point_refusal, emit_table, by_row=True)
+BINARY = Operator(point_refusal, emit_binary, by_row=True)

@@ -58,6 +58,7 @@ class Program:
     steps: list[Step] = field(default_factory=list)
     declarations: list[str] = field(default_factory=list)
     headers: set[str] = field(default_factory=set)
+    tables: list[Tensor] = field(default_factory=list)
     _constants: list[Tensor] = field(default_factory=list)
     _constant_buffers: list[Buffer] = field(default_factory=list)
     _constant_bytes: int = 0
@@ -101,6 +102,14 @@ class Program:
         self.constant(data)
         self._constant_buffers.append(buffer)
         return View(buffer, tuple(data.shape), data.stride())
+
+    def table(self, tensor: Tensor) -> Buffer:
+        """A tensor that stays where it is, since it is large and read at a few places; it is handed in with the inputs.
+
+        All inputs proper must have been made before.
+        """
+        self.tables.append(tensor.detach().contiguous())
+        return self.buffer("input", ELEMENTS[tensor.dtype], tensor.numel())
 
     def constants(self) -> Tensor:
         """All constants, uint8, in the places that :meth:`constant` told."""
@@ -179,7 +188,7 @@ def pointer(buffer: Buffer, offset: int = 0) -> str:
 
 def _function(number: int, step: Step, pointers: dict[Buffer, str]) -> str:
     lines = [f"// {step.source}: {step.kernel}", f"static void step_{number}(const Run& run, const Team& team) {{"]
-    fields = "inputs, outputs, constants, arena, offsets, scratches, scratch_size, n"
+    fields = "inputs, outputs, constants, arena, offsets, scratches, scratch_size, n, wrong"
     lines.append(f"  [[maybe_unused]] const auto& [{fields}] = run;")
     lines.append("  [[maybe_unused]] char* const scratch = scratches + team.rank * scratch_size;")
     for buffer in dict.fromkeys((*step.reads, *step.writes)):
@@ -195,6 +204,7 @@ _UNIT = """\
 #include <time.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 {headers}
@@ -213,6 +223,7 @@ struct Run {{
   char* scratches;
   int64_t scratch_size;
   int64_t n;
+  std::atomic<int>& wrong;
 }};
 
 {declarations}
@@ -230,10 +241,11 @@ int64_t nanoseconds() {{
 QFX_API int64_t qfx_scratch() {{ return (std::max({{{scratch}}}) + {alignment} - 1) / {alignment} * {alignment}; }}
 
 // `offsets`: of the buffers in the arena, in bytes per sample. `times`: null, or where the nanoseconds of each of the
-// {count} steps are written.
-QFX_API void qfx_run(const char* const* inputs, char* const* outputs, const char* constants, char* arena,
-                     const int64_t* offsets, char* scratches, int64_t n, int threads, int64_t* times) {{
-  const Run run{{inputs, outputs, constants, arena, offsets, scratches, qfx_scratch(), n}};
+// {count} steps are written. Not zero if an index led out of its table.
+QFX_API int qfx_run(const char* const* inputs, char* const* outputs, const char* constants, char* arena,
+                    const int64_t* offsets, char* scratches, int64_t n, int threads, int64_t* times) {{
+  std::atomic<int> wrong{{0}};
+  const Run run{{inputs, outputs, constants, arena, offsets, scratches, qfx_scratch(), n, wrong}};
 #define QFX_STEP(i)                                       \\
   step_##i(run, team);                                    \\
   _Pragma("omp barrier")                                  \\
@@ -248,5 +260,6 @@ QFX_API void qfx_run(const char* const* inputs, char* const* outputs, const char
     [[maybe_unused]] int64_t before = times != nullptr ? nanoseconds() : 0;
 {calls}
   }}
+  return wrong;
 }}
 """

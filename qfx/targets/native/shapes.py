@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,23 @@ from qfx.targets.native.views import BATCH
 _SAMPLES = (2, 3)  # neither 0 nor 1, which shape functions take for special
 
 
-def sizes_of(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Mapping[fx.Node, Any]:
-    """Sizes of every node's value, ``BATCH`` where they follow the first dimension of the inputs.
+SEVERAL = "several"
+"""Stands for a number that depends on the batch by more than being it."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``of``: of every node's value, ``BATCH`` where they follow the first dimension of the inputs.
+
+    Rows of all samples one behind the other, ``[batch * k, ...]``, count as ``[BATCH, k, ...]``; ``joined`` has them.
+    """
+
+    of: Mapping[fx.Node, Any]
+    joined: frozenset[fx.Node]
+
+
+def sizes_of(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Sizes:
+    """The sizes of every node's value.
 
     The graph is run on fake tensors, with 2 samples and with 3: what differs is the batch.
 
@@ -28,7 +44,15 @@ def sizes_of(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Mapping[fx.Node, A
         two, three = (_propagate(gm, inputs, samples) for samples in _SAMPLES)
     except Exception as error:  # whatever an operator says to sizes that it does not take
         raise NotNative(f"it does not run with other batches: {str(error).splitlines()[0]}") from error
-    return {node: _batched(node, two[node], three[node]) for node in two}
+    joined = frozenset(node for node in two if _is_joined(two[node], three[node]))
+    return Sizes({node: _batched(node, two[node], three[node]) for node in two}, joined)
+
+
+def _is_joined(two: Any, three: Any) -> bool:
+    """True for sizes of which the first is a multiple of the batch."""
+    if not (isinstance(two, tuple) and two and isinstance(two[0], int)):
+        return False
+    return _SAMPLES[0] < two[0] < three[0] and two[0] % _SAMPLES[0] == 0 and 3 * two[0] == 2 * three[0]
 
 
 def _propagate(gm: fx.GraphModule, inputs: Sequence[Tensor], samples: int) -> dict[fx.Node, Any]:
@@ -62,12 +86,15 @@ def _batched(node: fx.Node, two: Any, three: Any) -> Any:
     if isinstance(two, tuple):
         if len(two) != len(three):
             raise NotNative(f"{node} gives one result for each sample")
+        if _is_joined(two, three):
+            rows = two[0] // _SAMPLES[0]
+            two, three = ((samples, rows, *sizes[1:]) for samples, sizes in zip(_SAMPLES, (two, three), strict=True))
         found = tuple(_batched(node, a, b) for a, b in zip(two, three, strict=True))
+        if SEVERAL in found:
+            raise NotNative(f"a size of {node} depends on the batch by more than being it")
         if found.count(BATCH) > 1:
             raise NotNative(f"two dimensions of {node} are the batch")
         return found
     if two == three:
         return two
-    if (two, three) == _SAMPLES:
-        return BATCH
-    raise NotNative(f"a size of {node} depends on the batch by more than being it")
+    return BATCH if (two, three) == _SAMPLES else SEVERAL

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from qfx import jit
 from qfx.errors import ConfigError
+from qfx.operators import Op
 from qfx.patterns import NoMatch
+from qfx.spec import QConfig
 from qfx.targets.base import AnchorRegion, Leaf
 from qfx.targets.native.choice import SCALES, Tune
 from qfx.targets.native.isa import find, supported
 from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
-from qfx.targets.x86 import X86
+from qfx.targets.reference import MatmulLeaf, Reference
+from qfx.targets.x86 import PRODUCTS, X86
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,14 @@ class Native(X86):
         if self.tune not in (None, *SCALES):
             raise ConfigError(f"tune is {self.tune!r}", hint="give 'fast', 'full' or None")
 
+    def refuses(self, node: fx.Node, op: Op, qconfig: QConfig) -> str | None:
+        if op.name in PRODUCTS and jit.unavailable() is None:
+            return Reference().refuses(node, op, qconfig)
+        return super().refuses(node, op, qconfig)
+
     def lower_anchor(self, region: AnchorRegion) -> Leaf | NoMatch:
+        if region.op.weight is None and jit.unavailable() is None:
+            return MatmulLeaf(region)
         if region.data is None and region.op.name == "linear" and jit.unavailable() is None:
             return NativeWeightOnlyLeaf(region)
         return super().lower_anchor(region)

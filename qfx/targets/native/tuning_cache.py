@@ -34,10 +34,10 @@ def read() -> dict[str, Any]:
     """What is known: the choice made for each key."""
     try:
         held = json.loads(path().read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
-        _LOG.warning("%s is damaged and is written anew: %s", path(), error)
+    except (OSError, ValueError, RecursionError) as error:
+        _LOG.warning("%s cannot be read and counts as empty: %s", path(), error)
         return {}
     fits = isinstance(held, dict) and held.get("version") == VERSION and isinstance(held.get("choices"), dict)
     return dict(held["choices"]) if fits else {}

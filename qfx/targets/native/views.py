@@ -104,6 +104,13 @@ class View:
         offset = self.offset + start * self.strides[dim]
         return replace(self, sizes=tuple(sizes), strides=tuple(strides), offset=offset, border=Border())
 
+    def expand(self, sizes: tuple[int, ...]) -> View:
+        """The same elements, dimensions that are missing in front or of size 1 repeated to ``sizes``."""
+        missing = len(sizes) - len(self.sizes)
+        kept = zip(self.strides, self.sizes, sizes[missing:], strict=True)
+        strides = [0] * missing + [stride if given == size else 0 for stride, given, size in kept]
+        return self if sizes == self.sizes else replace(self, sizes=sizes, strides=tuple(strides), border=Border())
+
     def reshape(self, sizes: tuple[int, ...]) -> View | None:
         """The same elements, in the same order, with other sizes; None where that takes a copy."""
         strides: list[int] = []

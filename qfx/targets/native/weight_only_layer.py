@@ -59,4 +59,4 @@ def _arranged(emitter: Emitter, node: fx.Node, packed: PackedWeight, x: View, la
     return emitter.arranged[key]
 
 
-WEIGHT_ONLY = Operator(_refusal, _emit)
+WEIGHT_ONLY = Operator(_refusal, _emit, by_row=True)

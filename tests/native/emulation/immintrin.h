@@ -177,6 +177,11 @@ EMULATED Vector round_even(const Vector& a) {
 }
 
 template <class Vector>
+EMULATED Vector sqrt_ps(Vector a) {
+  for (unsigned i = 0; i < sizeof(Vector) / sizeof(float); ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+}
+template <class Vector>
 EMULATED Vector min_ps(const Vector& a, const Vector& b) {
   return each<float>(a, b, [](float x, float y) { return x < y ? x : y; });
 }
@@ -284,6 +289,7 @@ EMULATED __m256i _mm256_maddubs_epi16(__m256i a, __m256i b) { return emulated::s
 EMULATED __m256i _mm256_dpbusd_avx_epi32(__m256i sums, __m256i a, __m256i b) { return emulated::dpbusd(sums, a, b); }
 
 EMULATED __m256 _mm256_fmadd_ps(__m256 a, __m256 b, __m256 c) { return emulated::fmadd(a, b, c); }
+EMULATED __m256 _mm256_sqrt_ps(__m256 a) { return emulated::sqrt_ps(a); }
 EMULATED __m256 _mm256_min_ps(__m256 a, __m256 b) { return emulated::min_ps(a, b); }
 EMULATED __m256 _mm256_max_ps(__m256 a, __m256 b) { return emulated::max_ps(a, b); }
 EMULATED __m256 _mm256_round_ps(__m256 a, int) { return emulated::round_even(a); }
@@ -322,6 +328,7 @@ EMULATED __m512i _mm512_maddubs_epi16(__m512i a, __m512i b) { return emulated::s
 EMULATED __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) { return emulated::dpbusd(sums, a, b); }
 
 EMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return emulated::fmadd(a, b, c); }
+EMULATED __m512 _mm512_sqrt_ps(__m512 a) { return emulated::sqrt_ps(a); }
 EMULATED __m512 _mm512_min_ps(__m512 a, __m512 b) { return emulated::min_ps(a, b); }
 EMULATED __m512 _mm512_max_ps(__m512 a, __m512 b) { return emulated::max_ps(a, b); }
 EMULATED __m512 _mm512_roundscale_ps(__m512 a, int) { return emulated::round_even(a); }
