@@ -147,7 +147,7 @@ class Convolution:
 
     def bind(self, operands: Operands, like: Tensor, data: Affine, out: Affine, post: PostOp = NONE) -> Run:
         if self.dims == 1:
-            wide = self._wide().bind(_wide(operands), like.unsqueeze(2), data, out, post)
+            wide = self.wide().bind(_wide(operands), like.unsqueeze(2), data, out, post)
             return lambda x: wide(x.unsqueeze(2)).squeeze(2)
         op = _onednn.qconv_pointwise.default
         packed, scale, zeros, bias = self._packed(operands, like, data)
@@ -176,7 +176,7 @@ class Convolution:
         overwrite: bool = False,
     ) -> Run:
         if self.dims == 1:
-            wide = self._wide().bind_sum(
+            wide = self.wide().bind_sum(
                 _wide(operands), like.unsqueeze(2), data, out, other, post, overwrite=overwrite
             )
             return lambda x, accumulator: wide(x.unsqueeze(2), accumulator.unsqueeze(2)).squeeze(2)
@@ -210,7 +210,7 @@ class Convolution:
         packed = _onednn.qconv_prepack(weight, scale, data.scale, data.zero_point, *self._lists(), shape)
         return packed, scale, torch.zeros_like(scale, dtype=torch.int32), operands.bias
 
-    def _wide(self) -> Convolution:
+    def wide(self) -> Convolution:
         return Convolution((1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
 
 

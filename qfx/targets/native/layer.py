@@ -38,7 +38,10 @@ def geometry_of(leaf: StaticLeaf) -> Geometry:
         return Geometry()
     conv = leaf.geometry
     assert isinstance(conv, Convolution)
-    return Geometry(leaf.weight_shape[2:], conv.stride, conv.padding, conv.dilation, conv.groups)
+    kernel = leaf.weight_shape[2:]
+    if conv.dims == 1:
+        kernel, conv = (1, *kernel), conv.wide()
+    return Geometry(kernel, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def steps_of(leaf: StaticLeaf | MatmulLeaf) -> tuple[Step, ...]:
@@ -76,7 +79,7 @@ class Layer:
     def weight(self) -> Tensor:
         """int8 ``[O, I, kh, kw]``."""
         found = signed(self.leaf)
-        return found if found.ndim == 4 else found[:, :, None, None]
+        return found.reshape(*found.shape[:2], *self.geometry.kernel)
 
     @property
     def positions(self) -> int:
@@ -151,7 +154,8 @@ class Layer:
         zero = 0 if self.leaf.output is None else int(self.leaf.output.zero_point) & 255  # what a reader's padding is
         code = "\n".join([border_fill(self.out, zero), self.epilogue.code, call])
         reads = [self.x] if self.epilogue.other is None else [self.x, self.epilogue.other]
-        name = "linear" if len(self.leaf.weight_shape) == 2 else "conv2d"
+        dims = len(self.leaf.weight_shape) - 2
+        name = f"conv{dims}d" if dims else "linear"
         full = "+".join([f"{kernel} {name}", *(step.name for step in steps_of(self.leaf))])
         macs = self.positions * math.prod(self.leaf.weight_shape)
         told = {"macs": macs, "layer": self.signature, "choice": self.choice}

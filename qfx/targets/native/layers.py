@@ -24,7 +24,7 @@ from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.packing import DEPTHWISE, by_tile
 from qfx.targets.native.panel_layer import emit_panel
 from qfx.targets.native.program import ELEMENTS
-from qfx.targets.native.views import Border, View
+from qfx.targets.native.views import Border, Element, View
 from qfx.targets.native.winograd_layer import emit_winograd, uses_winograd
 from qfx.targets.x86_static import StaticLeaf, by_output_channel, signed
 
@@ -46,9 +46,9 @@ def layer_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     assert isinstance(leaf, StaticLeaf)
     val, x = value(node), value(node.args[0])  # type: ignore[arg-type]
     dims = len(leaf.weight_shape)
-    if leaf.axis != 0 or dims not in (2, 4):
+    if leaf.axis != 0 or dims not in (2, 3, 4):
         return f"no native kernel for {leaf.kernel}"
-    if dims == 4 and x.ndim != 4:
+    if dims in (3, 4) and x.ndim != dims:
         return "no native kernel for an image without batch"
     if val.dtype not in ELEMENTS:
         return f"no native kernel gives {val.dtype}"
@@ -62,14 +62,15 @@ def layer_needs(emitter: Emitter, node: fx.Node) -> dict[fx.Node, Border]:
     """The padding, and one more on the far sides where squares of outputs hang over."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return {source: _border(emitter, node, emitter.module(node))}
+    leaf = emitter.module(node)
+    return {source: _border(emitter, node, leaf)} if len(leaf.weight_shape) == 4 else {}
 
 
 def _border(emitter: Emitter, node: fx.Node, leaf: StaticLeaf) -> Border:
     if len(leaf.weight_shape) == 2:
         return Border()
     top, left = geometry_of(leaf).padding
-    _, _, height, width = emitter.size(node)
+    height, width = emitter.size(node)[-2:]
     over = (height % 2, width % 2) if uses_winograd(leaf, emitter.isa) else (0, 0)
     return Border(top, left, top + over[0], left + over[1])
 
@@ -81,6 +82,10 @@ def _image(
     view = emitter.view(source)
     if len(leaf.weight_shape) == 2:
         return rows_of(emitter, view, str(node))
+    if len(leaf.weight_shape) == 3:
+        line = view.reshape((*view.sizes[:2], 1, view.sizes[2]))
+        assert line is not None, "a dimension of one element is always there"
+        view = line
     return image_of(emitter, view, str(node), border or Border(), zero)
 
 
@@ -97,15 +102,25 @@ def emit_layer(emitter: Emitter, node: fx.Node) -> None:
     if addition is not None:
         named, addend = addition
         steps = (*steps, Step("add", None))
-    is_image = len(leaf.weight_shape) == 4
-    result = emitter.image(named, element) if is_image else emitter.tensor(named, element)
-    out = result if is_image else rows_of(emitter, result, str(node))
+    out = _out(emitter, leaf, named, element)
     other = None if addend is None else _image(emitter, leaf, addend, node)
     epilogue = epilogue_of(emitter.program, leaf, steps, out, other, _constants(emitter, leaf))
     for choice in _choices(emitter, node, leaf):
         assert choice.kernel is not None
         _, emit = KERNELS[choice.kernel]
         emit(Layer(emitter, node, leaf, geometry_of(leaf), x, out, epilogue, choice))
+
+
+def _out(emitter: Emitter, leaf: StaticLeaf, node: fx.Node, element: Element) -> View:
+    """A new image for the value of ``node``, which ``leaf`` writes."""
+    if len(leaf.weight_shape) == 4:
+        return emitter.image(node, element)
+    if len(leaf.weight_shape) == 2:
+        return rows_of(emitter, emitter.tensor(node, element), str(node))
+    batch, channels, width = emitter.size(node)
+    line = emitter.program.image(element, (batch, channels, 1, width), Border())
+    emitter.values[node] = line.select(2, 0)
+    return line
 
 
 def _choices(emitter: Emitter, node: fx.Node, leaf: StaticLeaf) -> list[Choice]:
