@@ -197,6 +197,11 @@ class Leaf(nn.Module):
     def extra_repr(self) -> str:
         return self.kernel
 
+    def example(self, *inputs: Tensor) -> Tensor:
+        """A tensor of the result's sizes and dtype, whose values do not count; cheap on tensors without data."""
+        y: Tensor = self(*inputs)
+        return y
+
 
 @runtime_checkable
 class Target(Protocol):

@@ -7,6 +7,7 @@ that allows more than 10^11 terms. Runs wherever torch runs, and consists of ATe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -133,6 +134,10 @@ class _Epilogue(Leaf):
         self.dtype = region.dtype
         self.kernel = "+".join(["reference " + region.op.name, *(step.name for step in region.steps)])
 
+    def given(self, y: Tensor) -> Tensor:
+        """A tensor of the sizes of ``y`` and the leaf's dtype, whose values are left open."""
+        return y.new_empty(y.shape, dtype=self.dtype if self.output is None else self.output.limits["dtype"])
+
     def finish(self, y: Tensor, others: tuple[Tensor, ...]) -> Tensor:
         position = 0
         for name, target, args, kwargs in self.calls:
@@ -170,6 +175,12 @@ class AnchorLeaf(_Epilogue):
         self.register_buffer("bias", region.bias)
         self.integer_bias = region.bias_scale is not None
         assert not (self.integer_bias and region.weight_qparams.group_size is not None), "sums of groups have no scale"
+
+    def example(self, *inputs: Tensor) -> Tensor:
+        x = inputs[0]
+        real = x if x.is_floating_point() else x.new_empty(x.shape, dtype=torch.float32)
+        y = self.target(real, real.new_empty(self.weight_shape), None, *self.args)
+        return self.given(y)
 
     def integers(self) -> Tensor:
         """The weight's integers in its own shape; narrow ones are stored packed."""
@@ -240,6 +251,9 @@ class MatmulLeaf(_Epilogue):
         accumulator = self.target(self.left.centred(left), self.right.centred(right))
         return self.finish(accumulator.float() * (self.left.scale * self.right.scale), others)
 
+    def example(self, *inputs: Tensor) -> Tensor:
+        return self.given(self.target(*(x.new_empty(x.shape, dtype=torch.float32) for x in inputs[:2])))
+
 
 class PointLeaf(Leaf):
     """Dequantize, apply the ATen operator in float32, quantize."""
@@ -252,13 +266,18 @@ class PointLeaf(Leaf):
         self.kernel = f"reference {region.op.name}"
 
     def forward(self, *integers: Tensor) -> Tensor:
-        reals = tuple(
-            reader.dequantize(q)
-            for reader, q in zip(self.inputs, integers, strict=True)
-            if isinstance(reader, QParamsBuffers)
-        )
-        args, kwargs = fill(self.args, reals), {k: fill(v, reals) for k, v in self.kwargs.items()}
-        return self.output.quantize(self.target(*args, **kwargs))
+        return self.output.quantize(self._real(integers, lambda reader, q: reader.dequantize(q)))
+
+    def example(self, *inputs: Tensor) -> Tensor:
+        y = self._real(inputs, lambda _, q: q.new_empty(q.shape, dtype=torch.float32))
+        return y.new_empty(y.shape, dtype=self.output.limits["dtype"])
+
+    def _real(self, integers: tuple[Tensor, ...], real: Callable[[QParamsBuffers, Tensor], Tensor]) -> Tensor:
+        """The operator on what ``real`` makes of the integers."""
+        pairs = zip(self.inputs, integers, strict=True)
+        reals = tuple(real(reader, q) for reader, q in pairs if isinstance(reader, QParamsBuffers))
+        y: Tensor = self.target(*fill(self.args, reals), **{k: fill(v, reals) for k, v in self.kwargs.items()})
+        return y
 
 
 class LookupLeaf(Leaf):

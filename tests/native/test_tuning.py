@@ -155,7 +155,7 @@ def test_tuning_is_exact_and_measures_once(builds: list[frozenset[str]]) -> None
 
     kept = tuning_cache.read()
     layers = layers_of(program_of(made).steps)
-    assert len(layers) == 4 and layers.keys() == varied and len(kept) == 3
+    assert len(layers) == 4 and varied < layers.keys() and len(varied) == len(kept) == 3, "one of two equal layers"
     choices = {step.choice for step in layers.values()}
     assert choices == {Choice.of(plain) for plain in kept.values()}
     assert all(choice and choice.kernel == "panel" and choice.scale in SCALES["fast"] for choice in choices)
@@ -226,8 +226,9 @@ print(tuning.tune(t.graph_of(t.net(1), t.X), [t.X], t.AVX2, "fast"))
 def test_only_what_is_not_known_is_measured(graph: fx.GraphModule, asked: list[set[str]]) -> None:
     names, isa = {*layers_of(emitted(graph, [X], AVX2)[0].program.steps)}, AVX2
     assert tuning.tune(graph, [X], isa, "fast").keys() == names
-    assert asked == [names]
     known = tuning_cache.read()
+    (measured,) = asked
+    assert measured < names and len(measured) == len(known) == 4, "one of two equal layers"
     (linear,) = [key for key in known if "(5, 320)" in key]
     put({key: choice for key, choice in known.items() if key != linear})
     assert tuning.tune(graph, [X], isa, "fast").keys() == names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,17 @@ from qfx import jit
 from qfx.errors import NativeError
 
 HEADERS = Path(jit.__file__).parent / "csrc" / "native"
+
+
+def headers() -> list[Path]:
+    """All that generated code includes of qfx."""
+    return sorted([*HEADERS.glob("*.h"), *HEADERS.parent.glob("*.h")])
+
+
+@functools.cache
+def digest() -> str:
+    """Of the headers' text: what was measured with other kernels is not to be believed."""
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in headers())).hexdigest()[:12]
 
 
 def load(text: str, flags: tuple[str, ...] = ()) -> Any:
@@ -21,8 +34,7 @@ def load(text: str, flags: tuple[str, ...] = ()) -> Any:
     with tempfile.TemporaryDirectory(prefix="qfx-") as folder:
         unit = Path(folder) / "native.cpp"
         unit.write_text(text, encoding="utf-8")
-        headers = sorted([*HEADERS.glob("*.h"), *HEADERS.parent.glob("*.h")])
-        library = jit.load((unit, *headers), flags=(f"-I{HEADERS}", *flags))
+        library = jit.load((unit, *headers()), flags=(f"-I{HEADERS}", *flags))
     if library is None:
         raise NativeError(f"there is no compiler: {jit.unavailable()}", hint="install g++, or use target='x86'")
     return library

@@ -44,8 +44,9 @@ def pack_winograd(weight: Tensor, isa: Isa) -> Tensor:
     ``weight``: int8 ``[O, C, 3, 3]``. Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016:
     G g G^T with G doubled.
     """
-    transform = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
-    points = torch.einsum("ia,jb,ocab->ijoc", transform, transform, weight.long()).flatten(0, 1)
+    transform = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float32)
+    both = torch.kron(transform, transform)  # G g G^T of the nine elements of g; floats this small are exact integers
+    points = (both @ weight.flatten(2).flatten(0, 1).float().T).unflatten(1, weight.shape[:2])
     tiles: Tensor = _tiles(points.to(torch.int16), isa.channels).transpose(0, 1).unflatten(-1, (-1, 2))
     return tiles.transpose(2, 3).contiguous()
 

@@ -11,10 +11,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qfx.meta import set_value, value
+from qfx.targets.base import Leaf
 from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.views import BATCH
 
-_SAMPLES = (2, 3)  # neither 0 nor 1, which shape functions take for special
+_SAMPLES = (2, 3, 1009)
+"""Neither 0 nor 1, which shape functions take for special; the last is where bounds and quotients show."""
 
 
 SEVERAL = "several"
@@ -35,24 +37,26 @@ class Sizes:
 def sizes_of(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Sizes:
     """The sizes of every node's value.
 
-    The graph is run on fake tensors, with 2 samples and with 3: what differs is the batch.
+    The graph is run on fake tensors with several numbers of samples: what follows them is the batch.
 
     Raises:
         NotNative: a size depends on the batch in another way, or the graph does not run with other batches.
     """
     try:
-        two, three = (_propagate(gm, inputs, samples) for samples in _SAMPLES)
+        runs = [_propagate(gm, inputs, samples) for samples in _SAMPLES]
     except Exception as error:  # whatever an operator says to sizes that it does not take
         raise NotNative(f"it does not run with other batches: {str(error).splitlines()[0]}") from error
-    joined = frozenset(node for node in two if _is_joined(two[node], three[node]))
-    return Sizes({node: _batched(node, two[node], three[node]) for node in two}, joined)
+    found = {node: tuple(run[node] for run in runs) for node in gm.graph.nodes}
+    joined = frozenset(node for node, sizes in found.items() if _is_joined(sizes))
+    return Sizes({node: _batched(node, sizes) for node, sizes in found.items()}, joined)
 
 
-def _is_joined(two: Any, three: Any) -> bool:
+def _is_joined(found: tuple[Any, ...]) -> bool:
     """True for sizes of which the first is a multiple of the batch."""
-    if not (isinstance(two, tuple) and two and isinstance(two[0], int)):
+    if not all(isinstance(sizes, tuple) and sizes and isinstance(sizes[0], int) for sizes in found):
         return False
-    return _SAMPLES[0] < two[0] < three[0] and two[0] % _SAMPLES[0] == 0 and 3 * two[0] == 2 * three[0]
+    rows = found[0][0] // _SAMPLES[0]
+    return rows > 1 and all(sizes[0] == rows * samples for samples, sizes in zip(_SAMPLES, found, strict=True))
 
 
 def _propagate(gm: fx.GraphModule, inputs: Sequence[Tensor], samples: int) -> dict[fx.Node, Any]:
@@ -68,6 +72,10 @@ class _Recorder(fx.Interpreter):
         super().__init__(gm)
         self.found: dict[fx.Node, Any] = {}
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaf = self.fetch_attr(str(target))
+        return leaf.example(*args) if isinstance(leaf, Leaf) else super().call_module(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         self.found[n] = _sizes(result)
@@ -82,19 +90,20 @@ def _sizes(result: Any) -> Any:
     return tuple(_sizes(r) for r in result) if isinstance(result, tuple | list) else result
 
 
-def _batched(node: fx.Node, two: Any, three: Any) -> Any:
-    if isinstance(two, tuple):
-        if len(two) != len(three):
-            raise NotNative(f"{node} gives one result for each sample")
-        if _is_joined(two, three):
-            rows = two[0] // _SAMPLES[0]
-            two, three = ((samples, rows, *sizes[1:]) for samples, sizes in zip(_SAMPLES, (two, three), strict=True))
-        found = tuple(_batched(node, a, b) for a, b in zip(two, three, strict=True))
-        if SEVERAL in found:
-            raise NotNative(f"a size of {node} depends on the batch by more than being it")
-        if found.count(BATCH) > 1:
-            raise NotNative(f"two dimensions of {node} are the batch")
-        return found
-    if two == three:
-        return two
-    return BATCH if (two, three) == _SAMPLES else SEVERAL
+def _batched(node: fx.Node, found: tuple[Any, ...]) -> Any:
+    """What stands for the values that were ``found`` with each number of samples."""
+    if not isinstance(found[0], tuple):
+        if all(one == found[0] for one in found):
+            return found[0]
+        return BATCH if found == _SAMPLES else SEVERAL
+    if len({len(sizes) for sizes in found}) > 1:
+        raise NotNative(f"{node} gives one result for each sample")
+    if _is_joined(found):
+        rows = found[0][0] // _SAMPLES[0]
+        found = tuple((samples, rows, *sizes[1:]) for samples, sizes in zip(_SAMPLES, found, strict=True))
+    made = tuple(_batched(node, given) for given in zip(*found, strict=True))
+    if SEVERAL in made:
+        raise NotNative(f"a size of {node} depends on the batch by more than being it")
+    if made.count(BATCH) > 1:
+        raise NotNative(f"two dimensions of {node} are the batch")
+    return made

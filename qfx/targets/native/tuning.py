@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
-from qfx.targets.native import tuning_cache
+from qfx.targets.native import library, tuning_cache
 from qfx.targets.native.choice import SCALES, Choice, Tune, Vary
 from qfx.targets.native.compiled import build, emitted
 from qfx.targets.native.isa import Isa
@@ -28,10 +28,11 @@ def tune(gm: fx.GraphModule, inputs: Sequence[Tensor], isa: Isa, level: Tune) ->
     """
     known = tuning_cache.read()
     steps = emitted(gm, inputs, isa)[0].program.steps
-    keys = {step.source: f"{level} {isa.name} {inputs[0].shape[0]} {step.layer}" for step in steps if step.layer}
-    open_ = {source for source, key in keys.items() if key not in known}
+    common = f"{library.digest()} {level} {isa.name} {inputs[0].shape[0]}"
+    keys = {step.source: f"{common} {step.layer}" for step in steps if step.layer}
+    open_ = {key: source for source, key in keys.items() if key not in known}
     if open_:
-        found = _measure(gm, inputs, isa, level, open_)
+        found = _measure(gm, inputs, isa, level, set(open_.values()))
         known |= {keys[source]: choice.plain() for source, choice in found.items()}
         tuning_cache.add({keys[source]: choice.plain() for source, choice in found.items()})
     return {source: Choice.of(known[key]) for source, key in keys.items() if key in known}
