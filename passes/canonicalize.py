@@ -104,6 +104,18 @@ def _whole(match: Match) -> NoMatch | None:
     return NoMatch("an operator writes to it", node) if is_written(node) else None
 
 
+def _pads_nothing(match: Match) -> NoMatch | None:
+    """What models write that fill images up to whole windows, where the sizes are fixed and need no filling."""
+    node = match["pad"]
+    source, widths = node.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(widths, list | tuple)
+    if any(not isinstance(width, int) or width for width in widths):
+        return NoMatch("it adds or cuts", None)
+    if is_written(node) or is_written(source):
+        return NoMatch("an operator writes to it or to what it copies", node)
+    return None
+
+
 def _to_linear(gm: fx.GraphModule, match: Match) -> None:
     node = match["mm"]
     term, x, right = node.args if name_of(node) == "addmm" else (None, *node.args[:2])
@@ -202,7 +214,8 @@ def _take_over(gm: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
 
 RULES = (
     Rule("dropout", op("dropout", "dropout feature_dropout alpha_dropout"), _inactive, _drop("dropout")),
-    Rule("no-op", op("copy", "lift_fresh_copy alias detach detach_ to _to_copy"), _same_dtype, _drop("copy")),
+    Rule("no-op", op("copy", "lift_fresh_copy alias detach detach_ to _to_copy type_as"), _same_dtype, _drop("copy")),
+    Rule("no-padding", op("pad", "pad constant_pad_nd"), _pads_nothing, _drop("pad")),
     Rule("whole-slice", op("slice", "slice"), _whole, _drop("slice")),
     Rule("addmm", op("mm", "addmm"), _unscaled, _to_linear),
     Rule("mm", op("mm", "mm matmul"), _constant_right, _to_linear),

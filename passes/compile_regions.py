@@ -89,7 +89,7 @@ def _free(gm: fx.GraphModule) -> set[fx.Node]:
             sizes.add(node)
             if (name_of(node) == "sym_size" and node.args[1] != 0) or _is_known(node, known):
                 known.add(node)
-        elif node.op == "call_function" and _folds(node) and _is_known(node, known):
+        elif _folds(gm, node) and _is_known(node, known):
             known.add(node)
     return sizes | known
 
@@ -102,12 +102,14 @@ def _is_known(node: fx.Node, known: Collection[fx.Node]) -> bool:
     return all(n in known for n in node.all_input_nodes)
 
 
-def _folds(node: fx.Node) -> bool:
-    """True for an operator without chance or effects that gives a tensor."""
+def _folds(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """True for an operator without chance or effects that gives a tensor, and for a leaf."""
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or not isinstance(value(node), Tensor):
+    if leaf_of(gm, node) is not None:
+        return True
+    if not isinstance(op, torch._ops.OpOverload) or not isinstance(value(node), Tensor):
         return False
-    return torch.Tag.nondeterministic_seeded not in op.tags and not mutates(node)
+    return op.namespace in ("aten", "qfx") and torch.Tag.nondeterministic_seeded not in op.tags and not mutates(node)
 
 
 def _groups(gm: fx.GraphModule, free: Collection[fx.Node], misses: list[NoMatch]) -> list[list[fx.Node]]:
@@ -192,10 +194,12 @@ def _replace(gm: fx.GraphModule, group: list[fx.Node], free: Collection[fx.Node]
 
 def _erase(gm: fx.GraphModule, inside: Collection[fx.Node], free: Collection[fx.Node]) -> None:
     """Erase what the region computes now, what only it reads, and the layers that nothing else calls."""
-    paths = {str(node.target) for node in inside if node.op == "call_module"}
+    paths = set()
     for node in reversed(list(gm.graph.nodes)):
         if not node.users and (node in inside or node in free):
             gm.graph.erase_node(node)
+            if node.op == "call_module":
+                paths.add(str(node.target))
     for path in paths - {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}:
         gm.delete_submodule(path)  # whole: what it holds is the region's
 

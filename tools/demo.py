@@ -14,6 +14,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import qfx
+from qfx import jit
 from qfx.attributes import nbytes
 from qfx.models.digits import train_digits
 
@@ -68,15 +69,18 @@ def main() -> None:
     print(f"\nWith recipe='auto', {search:.1f} s, each layer's bits come from its sensitivity:\n")
     print(bits_table(auto))
     one, many = test_images[:1], test_images[:64]
-    both = (model, qmodel, auto)
+    models = {"float": model, "int8": qmodel, "auto": auto}
+    if jit.unavailable() is None:
+        native = qfx.quantize(model, (train_images[:1],), calibration=batches, target="native", verbose=False)
+        models["int8, native"] = native
     rows = [
-        ("accuracy on held-out images", *(f"{accuracy(m, test_images, test_labels):.2%}" for m in both)),
-        ("weights and buffers, KiB", *(f"{size_kib(m):.1f}" for m in both)),
-        ("latency, batch 1, ms", *(f"{ms:.3f}" for ms in latencies_ms(both, one))),
-        ("latency, batch 64, ms", *(f"{ms:.3f}" for ms in latencies_ms(both, many))),
+        ("accuracy on held-out images", *(f"{accuracy(m, test_images, test_labels):.2%}" for m in models.values())),
+        ("weights and buffers, KiB", *(f"{size_kib(m):.1f}" for m in models.values())),
+        ("latency, batch 1, ms", *(f"{ms:.3f}" for ms in latencies_ms([*models.values()], one))),
+        ("latency, batch 64, ms", *(f"{ms:.3f}" for ms in latencies_ms([*models.values()], many))),
     ]
     print(f"\nquantize took {seconds:.1f} s; {len(test_images)} held-out images\n")
-    print(tabulate(rows, ("", "float", "int8", "auto"), disable_numparse=True))
+    print(tabulate(rows, ("", *models), disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from qfx import jit
 from qfx.cpu import onednn_has_vnni
 from qfx.operators import Op
 from qfx.patterns import NoMatch
@@ -48,7 +49,8 @@ class X86:
     def slow(self) -> str | None:
         if onednn_has_vnni():
             return None
-        return "this CPU has no VNNI: layers whose 8-bit sums could saturate are computed in two halves"
+        halves = "this CPU has no VNNI: layers whose 8-bit sums could saturate are computed in two halves"
+        return halves if jit.unavailable() else f"{halves}; target='native' needs no halves, and compiles for seconds"
 
     def refuses(self, node: fx.Node, op: Op, qconfig: QConfig) -> str | None:
         general = Reference().refuses(node, op, qconfig)

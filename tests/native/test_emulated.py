@@ -25,6 +25,7 @@ from qfx.targets.native.isa import ISAS, Isa
 from qfx.targets.native.library import HEADERS
 from qfx.targets.native.region import NativeRegion
 
+from . import many_products as p
 from .many_layers import INT8, Case, graph_of, inputs_of
 
 EMULATION = Path(__file__).parent / "emulation"
@@ -66,6 +67,13 @@ WAYS = (
     Case(64, 64, (9, 32), (3, 3), stride=2, padding=(1, 1)),
     Case(64, 64, (9, 9), (3, 3), stride=2, padding=(1, 1)),
     Case(80, 33, (40,), floats=True),
+)
+
+PRODUCTS = (
+    p.Case(13, 21, 35, (2,), output=INT8),
+    p.Case(9, 130, 17, left=p.ODD, right=p.INT8, right_order=(0, 2, 1)),
+    p.Case(5, 7, 33, (3,), right=p.HIGH, steps=(p.ADD, p.RELU), left_order=(0, 2, 1, 3), right_order=(0, 3, 2, 1)),
+    p.Case(70, 1, 1, left=p.INT8, right=p.ODD, output=INT8, steps=(p.RELU,)),
 )
 
 pytestmark = [
@@ -152,6 +160,20 @@ def test_every_layer_is_exact(isa: str, samples: int, threads: int) -> None:
     program = made(CASES, isa)
     torch.set_num_threads(threads)
     assert program.worst(samples) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "isa", ["avx512_vnni", "avx_vnni", *(pytest.param(n, marks=pytest.mark.slow) for n in ("amx", "avx2", "portable"))]
+)
+def test_every_product_of_activations_is_exact(isa: str) -> None:
+    graph, here = p.graph_of(PRODUCTS), isa_of(isa)
+    flags = ("-O1", *(() if not here.feature or here.feature in cpu_features() else emulation(isa)))
+    region = Given(graph, build(graph, p.inputs_of(PRODUCTS, 1), here, flags=flags))
+    for samples, threads in ((1, 1), (3, 2)):
+        torch.set_num_threads(threads)
+        found = compare(region, p.inputs_of(PRODUCTS, samples), exact=True)
+        assert sum(d.node.op == "call_module" for d in found) == len(PRODUCTS)
+        assert not any(d.lsb or d.relative for d in found)
 
 
 def test_data_reach_the_tiles_in_every_way() -> None:

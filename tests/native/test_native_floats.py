@@ -206,3 +206,40 @@ def test_the_batch_in_another_place_is_declined() -> None:
     assert region.program(*args) is None
     assert "first dimension is not the batch" in str(region.declined)
     assert_near(made(x), inlined(made)(x))
+
+
+@pytest.mark.slow
+def test_bounds_that_are_made_of_sizes() -> None:
+    def forward(s: Net, x: Tensor) -> tuple[Tensor, ...]:
+        y, half = s.n(s.first(x)), x.shape[1] // 2
+        return s.a(y[:, half]), y[:, half:] + 1, s.a(y[:, 1 : half + 1]), y[:, -half:], y[:, half - x.shape[1]]
+
+    net = Net(forward, n=nn.LayerNorm(10), **linears(first=(12, 10), a=(10, 3)))
+    sizes = {"inputs": ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)}
+    made = native(net, torch.randn(4, 6, 12), dynamic_shapes=sizes)
+    for tokens in (6, 9):
+        assert_agrees(made, torch.randn(3, tokens, 12), lsb=1)
+
+
+def test_results_that_are_one_value() -> None:
+    """A value and views of it: each is given in memory of its own."""
+
+    def forward(s: Net, x: Tensor) -> tuple[Tensor, ...]:
+        y = s.a(x)
+        return y.flatten(1), y, y.view(-1, 5, 3, 2), s.n(y).unsqueeze(1), s.n(y)
+
+    made = native(Net(forward, n=nn.LayerNorm(6), **linears(a=(8, 6))), torch.randn(4, 5, 8))
+    assert_agrees(made, x := torch.randn(3, 5, 8))
+    flat_, y, *_ = made(x)
+    y.zero_()
+    assert flat_.any()
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_bounds_that_are_made_of_the_batch_decline(batch: int) -> None:
+    """Half of the samples is one, with two of them and with three."""
+    net = Net(lambda s, x: s.b(s.a(x)[:, : x.shape[0] // 2] + 1), **linears(a=(8, 6), b=(6, 3)))
+    made = native(net, torch.randn(4, 5, 8))
+    calls = calls_of(made, x := torch.randn(batch, 5, 8))
+    assert any("depends on the batch" in reason for region, _ in calls for reason in region.declined)
+    assert_near(made(x), inlined(made)(x))

@@ -151,18 +151,29 @@ def test_the_report_of_what_is_declined(x: Tensor) -> None:
 
 def test_inputs_of_different_batches() -> None:
     """One value for all samples, which no program takes: it must not be read as if there were as many."""
-    made = native(
-        Net(
-            lambda s, x: s.b(s.e(torch.arange(x.shape[1]))[None]) + s.a(x),
-            a=nn.Linear(6, 8),
-            b=nn.Linear(6, 8),
-            e=nn.Embedding(9, 6),
-        ),
-        torch.randn(4, 5, 6),
-    )
+    net = Net(lambda s, x: s.b(x.cumsum(0)[:1]) + s.a(x), a=nn.Linear(6, 8), b=nn.Linear(6, 8))
+    made = native(net, torch.randn(4, 5, 6))
     for batch in (1, 2, 5, 4, 1):
         y = torch.randn(batch, 5, 6)
         assert_near(made(y), inlined(made)(y))
+    assert region_of(made).declined == ("inputs have different numbers of samples",)
+
+
+def test_what_is_computed_of_parameters_alone() -> None:
+    """Every program holds it, in place of the layers that give it; it stands for any number of samples."""
+    net = Net(
+        lambda s, x: s.b(s.e(torch.arange(x.shape[1]))[None]) + s.a(x),
+        a=nn.Linear(6, 8),
+        b=nn.Linear(6, 8),
+        e=nn.Embedding(9, 6),
+    )
+    made = native(net, torch.randn(4, 5, 6))
+    for batch in (1, 3):
+        y = torch.randn(batch, 5, 6)
+        assert_near(made(y), inlined(made)(y))
+    assert not region_of(made).declined
+    (program,) = region_of(made).programs
+    assert sum("linear" in step.kernel for step in program.steps) == 1
 
 
 def test_scalars_and_other_types_run_as_the_graph_does() -> None:

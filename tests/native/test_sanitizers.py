@@ -23,6 +23,8 @@ CASES = {
     "signed": ("test_native_layers.py", "signed"),
     "points": ("test_native_points.py", ""),
     "floats": ("test_native_floats.py", ""),
+    "products": ("test_products.py", ""),
+    "elementwise": ("test_native_elementwise.py", ""),
     "models": ("test_native_models.py", "our_own"),
 }
 

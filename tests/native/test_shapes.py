@@ -88,6 +88,11 @@ def test_rows_of_all_samples_in_one_dimension() -> None:
     ("calls", "reason"),
     [
         ([(aten.slice.Tensor, "x", 0, 1, 9223372036854775807)], "depends on the batch by more than being it"),
+        ([(aten.slice.Tensor, "x", 0, 0, 5)], "depends on the batch by more than being it"),
+        (
+            [(aten.sym_size.int, "x", 0), (operator.floordiv, "0", 2), (aten.slice.Tensor, "x", 1, 0, "1")],
+            "depends on the batch by more than being it",
+        ),
         ([(aten.view.default, "x", [7, 24])], "does not run with other batches"),
         ([(aten.unbind.int, "x", 0)], "one result for each sample"),
         ([(aten.mm.default, "y", "x")], "does not run with other batches"),

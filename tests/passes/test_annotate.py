@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+import qfx
 from qfx.errors import ConfigError, UnsupportedError
 from qfx.meta import graph_info, info
 from qfx.passes import Annotate, Canonicalize, Functionalize, FuseEpilogues
@@ -327,3 +328,51 @@ def test_dynamic_layers_around_a_product_do_not_raise(net) -> None:
     model = net(lambda self, x: self.attn(x), attn=Attention())
     gm = annotated(model, ROWS, Recipe.int8_dynamic().set("attn", weight=4))
     assert quantized(gm) == ["linear"] and info(node(gm, "linear")).bits == 4
+
+
+# --- products of positions --------------------------------------------------------------------------------------------
+
+POSITIONS = "it is computed from positions alone, whose every digit counts"
+
+
+class Rotary(nn.Module):
+    """Turns features by angles that are products of positions and frequencies; then attends with its steps written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("frequencies", torch.tensor([1.0, 0.01]))
+
+    def forward(self, x, places):
+        angles = (self.frequencies[None, :, None] @ places[:, None, :].float()).transpose(1, 2).repeat(1, 1, 2)
+        q, k = (layer(x) * angles.cos() + layer(x).flip(-1) * angles.sin() for layer in (self.q, self.k))
+        return q @ k.transpose(1, 2)
+
+
+@pytest.mark.parametrize("target", ["reference", "native"])
+def test_angles_stay_float_and_scores_do_not(target: str) -> None:
+    places = torch.arange(3).repeat(2, 1) * 1000
+    gm = annotated(Rotary(), (ROWS, places))
+    assert reason(gm, "matmul") == POSITIONS
+    assert "matmul" not in quantized(gm) and "matmul_1" in quantized(gm)
+    made = qfx.quantize(Rotary(), (ROWS, places), target=target, verbose=False)
+    products = [row for row in qfx.report(made).rows if row.operator == "matmul"]
+    assert sorted(row.integer for row in products) == [False, True]
+
+
+def test_positions_that_are_made_of_sizes_stay_float(net) -> None:
+    def forward(self, x):
+        places = torch.arange(x.shape[1]).float()
+        return self.a(x) * (self.a.bias[:, None] @ places[None, :]).transpose(0, 1).cos()
+
+    gm = annotated(net(forward, a=nn.Linear(4, 4)), ROWS)
+    assert quantized(gm) == ["linear"] and reason(gm, "matmul") == POSITIONS
+
+
+def test_what_an_embedding_looks_up_is_content(net) -> None:
+    model = net(lambda self, i: (y := self.table(i)) @ y.transpose(1, 2), table=nn.Embedding(9, 4))
+    assert "matmul" in quantized(annotated(model, torch.randint(0, 9, (2, 3))))
+
+
+def test_an_input_times_itself_is_content(net) -> None:
+    assert quantized(annotated(net(lambda self, x: x @ x.transpose(1, 2)), ROWS)) == ["matmul"]

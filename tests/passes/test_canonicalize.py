@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qfx.meta import graph_info, info
+from qfx.operators import name_of
 from qfx.passes import Canonicalize
 from qfx.printer import show
 from qfx.testing import assert_graph, assert_same_numerics, run_passes
@@ -57,6 +58,11 @@ def test_whole_slices_go_and_parts_stay(net) -> None:
         %add: f32[*, 2] = add.Tensor(%relu, %slice_4)
         return (%add)
     """)
+
+
+def test_padding_by_nothing_goes(net) -> None:
+    gm = check(net, lambda self, x: F.pad(F.pad(x, (0, 0, 0, 0)).relu(), (0, 1)).sigmoid())
+    assert [name_of(n) for n in gm.graph.nodes if n.op == "call_function"] == ["relu", "pad", "sigmoid"]
 
 
 def test_addmm_is_linear(net) -> None:

@@ -24,6 +24,7 @@ from qfx.verify import verify
 pytestmark = pytest.mark.skipif(jit.unavailable() is not None, reason=f"no native programs: {jit.unavailable()}")
 
 Net = Callable[..., nn.Module]
+AUTO = torch.export.Dim.AUTO
 ROWS, IMAGES = torch.randn(4, 5, 6), torch.randn(4, 3, 8, 8)
 
 
@@ -225,3 +226,137 @@ def test_the_report_has_the_rows_of_x86(net: Net) -> None:
     assert [row.name for row in native.rows] == [row.name for row in plain.rows]
     assert [row.integer for row in native.rows] == [row.integer for row in plain.rows]
     assert [row.kernel for row in native.rows] == [row.kernel for row in plain.rows], "no region has a program here"
+
+
+# --- what depends on no sample ----------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Causal attention on scores, whose mask and distances are made of the number of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.shape[1]
+        seen, places = torch.ones(tokens, tokens, dtype=torch.bool).tril(), torch.arange(tokens)
+        near = (places[:, None] - places[None, :]).le(2).float() + self.a.bias.sum()
+        y = self.a(x)
+        scores = y @ y.transpose(1, 2) + near + torch.zeros(tokens, tokens).masked_fill(~seen, -1e4)
+        return self.b(scores.softmax(-1) @ y)
+
+
+FOLDED = {"ones", "tril", "arange", "sub", "le", "masked_fill", "zeros", "sum"}
+
+
+def ops(names: list[str]) -> set[str]:
+    return {name.rstrip("0123456789").rstrip("_").split("_int")[0] for name in names}
+
+
+@pytest.mark.parametrize("free", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_regions_compute_what_depends_on_no_sample(net: Net, free: bool) -> None:
+    """Whether the number of tokens is known or not."""
+    model = Masked().eval()
+    sizes = {"x": {0: AUTO, 1: AUTO}} if free else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gm = qfx.quantize(model, (ROWS,), target="native", dynamic_shapes=sizes, verbose=False)
+    assert isinstance(gm, fx.GraphModule)
+    (inside,) = insides(gm)
+    assert not ops(outside(gm)) & FOLDED
+    assert not free or {"ones", "tril", "arange"} <= ops(inside)
+    (region,) = regions_of(gm).values()
+    assert len([n for n in region.graph.graph.nodes if n.op == "placeholder"]) == 1
+    gm.graph.lint()
+    for x in (ROWS[:2], torch.randn(3, 9, 6)) if free else (ROWS[:2],):
+        with torch.no_grad():
+            assert torch.equal(gm(x), inlined(gm)(x))
+            assert gm(x).sub(model(x)).abs().max() < 0.3
+
+
+def test_what_depends_on_the_number_of_samples_stays_outside(net: Net) -> None:
+    """A region is compiled for any number of them."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        samples = torch.arange(x.shape[0]).float()
+        return s.b(s.a(x) * samples[:, None, None] + torch.ones(x.shape[0]).sum() / x.shape[0])
+
+    model = net(forward, **linears("a", "b"))
+    gm = lowered(model, ROWS)
+    assert {"arange", "ones", "sum"} <= ops(outside(gm))
+    assert all(not ops(inside) & {"arange", "ones", "sum"} for inside in insides(gm))
+    check(gm, model, ROWS)
+
+
+def test_chance_is_not_computed_once(net: Net) -> None:
+    model = net(lambda s, x: s.b(s.a(x) + torch.rand(5, 1)), **linears("a", "b"))
+    gm = lowered(model, ROWS)
+    assert "rand" in ops(outside(gm))
+    with torch.no_grad():
+        assert not torch.equal(gm(ROWS), gm(ROWS))
+
+
+def test_a_buffer_that_the_model_writes_is_no_constant(net: Net) -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        s.count.add_(0.01)
+        return s.b(s.a(x)) + s.count * 2
+
+    model = net(forward, **linears("a", "b"))
+    model.register_buffer("count", torch.zeros(1))
+    gm = lowered(model, ROWS)
+    with torch.no_grad():
+        before = gm(ROWS)
+        assert not torch.equal(before, gm(ROWS))
+
+
+def test_moves_stay_where_their_elements_are(net: Net) -> None:
+    """Those of what is not native stay outside; those of inputs and of results go in."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        y = s.a(x.transpose(1, 2).reshape(-1, 5, 6)).unsqueeze(1).cumsum(2)
+        return s.b(y.squeeze(1).flip(1)[:, 1:])
+
+    model = net(forward, **linears("a", "b"))
+    gm = lowered(model, ROWS)
+    first, second = (ops(inside) for inside in insides(gm))
+    assert {"transpose", "reshape", "unsqueeze"} <= first
+    assert {"squeeze", "slice"} <= ops(outside(gm)) and not {"squeeze", "slice"} & second
+    check(gm, model, ROWS)
+
+
+def test_views_outside_do_not_ask_for_strides(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program's results are contiguous, other than those of the operators in its place."""
+    model = net(lambda s, x: s.a(x).transpose(1, 2).sin().transpose(1, 2).view(-1, 30).cumsum(1), **linears("a"))
+    gm = lowered(model, ROWS)
+
+    def contiguous(self: NativeRegion, inputs: tuple[Tensor, ...]) -> Declined:
+        return Declined("not in this test", lambda *x: self.graph(*x).contiguous())
+
+    with torch.no_grad():
+        want = gm(ROWS)
+        monkeypatch.setattr(NativeRegion, "_outcome", contiguous)
+        assert torch.equal(gm(ROWS), want)
+
+
+def test_what_is_free_serves_those_outside_as_well(net: Net) -> None:
+    """The model gives what its regions fold, too."""
+
+    def forward(s: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        places = torch.arange(x.shape[1]).float()[:, None] * s.a.bias
+        return s.a(x) + places, places, places.cumsum(0)
+
+    model = net(forward, **linears("a"))
+    gm = lowered(model, ROWS)
+    with torch.no_grad():
+        for got, want in zip(gm(ROWS[:2]), inlined(gm)(ROWS[:2]), strict=True):
+            assert torch.equal(got, want)
+        for got, want in zip(gm(ROWS[:2])[1:], model(ROWS[:2])[1:], strict=True):
+            assert torch.equal(got, want)
+
+
+def test_notes_are_of_floats_alone(net: Net) -> None:
+    model = net(lambda s, x, i: (s.a(x).sin(), i.cumsum(1) * 2, i > 3, (i > 3).any(1)), **linears("a"))
+    gm = lowered(model, ROWS, torch.arange(20).view(4, 5))
+    notes = [text for topic, text in graph_info(gm).notes if topic == "not native"]
+    assert len(notes) == 1 and "sin" in notes[0]

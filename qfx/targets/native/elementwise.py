@@ -43,8 +43,11 @@ class Order:
         return view.permute(tuple(self.dims.index(i) for i in range(len(self.dims))))
 
 
-def _order(sizes: tuple[int, ...], views: list[View]) -> Order:
-    """The order of the first view that has all elements of the result, side by side."""
+def _order(emitter: Emitter, node: fx.Node, views: list[View]) -> Order:
+    """The order of the first view that has all elements of the result of ``node``, side by side."""
+    sizes = emitter.size(node)
+    if 0 in sizes:
+        raise NotNative(f"{node} gives nothing")
     for view in views:
         dims = tuple(sorted(range(len(view.sizes)), key=lambda i: (view.sizes[i] != BATCH, -view.strides[i])))
         if view.sizes == sizes and view.batched and view.permute(dims).contiguous:
@@ -76,7 +79,7 @@ def _binary(emitter: Emitter, node: fx.Node) -> None:
     if node in emitter.values:  # a layer has added it already
         return
     known = [emitter.values[n] if isinstance(n, fx.Node) else torch.tensor(n) for n in node.args[:2]]
-    order = _order(emitter.size(node), [x for x in known if isinstance(x, View)])
+    order = _order(emitter, node, [x for x in known if isinstance(x, View)])
     operands, reads, cols = [], [], numel(order.sizes)
     for x in known:
         if isinstance(x, Tensor):
@@ -127,7 +130,7 @@ def _activation(emitter: Emitter, node: fx.Node) -> None:
     x = emitter.view(node.args[0])
     if x.element != "float":
         raise NotNative(f"{node} reads {x.element}")
-    order = _order(emitter.size(node), [x])
+    order = _order(emitter, node, [x])
     given = dense_of(emitter, order.of(x), str(node))
     function = _ACTIVATIONS[name_of(node)](*node.args[1:], **node.kwargs)
     out, made = result(emitter, node, _make(emitter, node, order))
@@ -177,7 +180,7 @@ def _batch_norm(emitter: Emitter, node: fx.Node) -> None:
     scale = scale if weight is None else scale * emitter.parameter(weight)
     shift = -mean * scale if bias is None else emitter.parameter(bias) - mean * scale
     sizes = emitter.size(node)
-    order = _order(sizes, [x])
+    order = _order(emitter, node, [x])
     given = dense_of(emitter, order.of(_expanded(x, sizes, node)), str(node))
     by_channel = (1, -1, *[1] * (len(sizes) - 2))
     rows = [_repeated(values.float().reshape(by_channel), order, node) for values in (scale, shift)]

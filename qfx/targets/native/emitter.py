@@ -136,7 +136,7 @@ class Emitter:
                 self._input(node, next(given).dtype)
             elif node.op == "output":
                 outputs = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
-                return tuple(self._output(n) for n in outputs)
+                return self._outputs(outputs)
             elif not self._folded(node):
                 operator = self.operators(self.gm, node)
                 if not operator.by_row and not self.sizes.joined.isdisjoint((node, *node.all_input_nodes)):
@@ -151,11 +151,13 @@ class Emitter:
             return True
         inputs = [self.values.get(n) for n in node.all_input_nodes]
         known = [isinstance(v, Tensor) or (isinstance(v, int) and v != BATCH) for v in inputs]
-        if node.op != "call_function" or not all(known):
+        if not all(known):
             return False
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
-        assert callable(node.target)
-        self.values[node] = node.target(*args, **kwargs)
+        compute = self.module(node) if node.op == "call_module" else node.target
+        assert callable(compute)
+        with torch.no_grad():
+            self.values[node] = compute(*args, **kwargs)
         return True
 
     def _input(self, node: fx.Node, dtype: torch.dtype) -> None:
@@ -167,13 +169,17 @@ class Emitter:
         elif dtype in ELEMENTS:
             self.values[node] = given
 
-    def _output(self, node: fx.Node) -> View:
-        view = self.view(node)
-        if view.buffer.place == "output" and view.contiguous:
-            return view
-        made = self.program.tensor(view.element, view.sizes, "output")
-        copy(self.program, view, made, str(node))
-        return made
+    def _outputs(self, nodes: Sequence[fx.Node]) -> tuple[View, ...]:
+        """The views of the outputs, copied where one is not whole in an output buffer, or has the buffer of another."""
+        made: list[View] = []
+        for node in nodes:
+            view = self.view(node)
+            taken = [other.buffer for other in made]
+            if view.buffer.place != "output" or not view.contiguous or view.buffer in taken:
+                source, view = view, self.program.tensor(view.element, view.sizes, "output")
+                copy(self.program, source, view, str(node))
+            made.append(view)
+        return tuple(made)
 
     def step(self, code: str, reads: list[View], writes: list[View], node: fx.Node, kernel: str, **more: Any) -> None:
         """Add a step that computes ``node``."""

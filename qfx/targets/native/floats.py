@@ -90,6 +90,8 @@ def dense(emitter: Emitter, node: Any, what: fx.Node) -> View:
     view = emitter.view(node)
     if view.element != "float":
         raise NotNative(f"{what} reads {view.element}")
+    if 0 in view.sizes:
+        raise NotNative(f"{what} reads nothing")
     return dense_of(emitter, view, str(what))
 
 
@@ -221,8 +223,8 @@ def _heads(emitter: Emitter, view: View, node: fx.Node) -> View:
 
 def _softmax_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     dims = value(node).ndim
-    if argument(node, 1, "dim") not in (-1, dims - 1):
-        return "natively, softmax is over the last dimension"
+    if dims < 2 or argument(node, 1, "dim") not in (-1, dims - 1):
+        return "natively, softmax is over the last dimension, not the batch"
     return float_refusal(gm, node)
 
 

@@ -58,11 +58,20 @@ def _dim(node: fx.Node, view: View, position: int = 1) -> int:
     return found
 
 
+def _whole(emitter: Emitter, node: fx.Node, position: int, otherwise: int) -> int:
+    """An argument of ``node`` that is a number, maybe one made of sizes."""
+    given = node.args[position] if len(node.args) > position else None
+    number = emitter.values[given] if isinstance(given, fx.Node) else given
+    if number is None:
+        return otherwise
+    if not isinstance(number, int) or (number == BATCH and isinstance(given, fx.Node)):
+        raise NotNative(f"{node} has bounds made of the batch")
+    return number
+
+
 def _select(emitter: Emitter, node: fx.Node, view: View) -> View:
     dim = _dim(node, view)
-    index = node.args[2]
-    assert isinstance(index, int)
-    return view.select(dim, index % view.sizes[dim])
+    return view.select(dim, _whole(emitter, node, 2, 0) % view.sizes[dim])
 
 
 def _unbind(emitter: Emitter, node: fx.Node, view: View) -> Any:
@@ -74,11 +83,8 @@ def _slice(emitter: Emitter, node: fx.Node, view: View) -> View:
     if all(size == have for size, have in zip(emitter.size(node), view.sizes, strict=True)):
         return view
     dim = _dim(node, view)
-    start = node.args[2] if len(node.args) > 2 else 0
-    step = node.args[4] if len(node.args) > 4 else 1
-    if not isinstance(start, int | None) or not isinstance(step, int):
-        raise NotNative(f"{node} has computed bounds")
-    begin = min(max((start or 0) + (view.sizes[dim] if (start or 0) < 0 else 0), 0), view.sizes[dim])
+    start, step = _whole(emitter, node, 2, 0), _whole(emitter, node, 4, 1)
+    begin = min(max(start + (view.sizes[dim] if start < 0 else 0), 0), view.sizes[dim])
     return view.narrow(dim, begin, emitter.size(node)[dim], step)
 
 

@@ -18,6 +18,7 @@ from qfx.targets.native.pads import PAD
 from qfx.targets.native.points import BINARY, TABLE
 from qfx.targets.native.pools import POOL, WINDOWS
 from qfx.targets.native.products import PRODUCT
+from qfx.targets.native.rolls import ROLL
 from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
 from qfx.targets.native.weight_only_layer import WEIGHT_ONLY
 from qfx.targets.reference import MatmulLeaf
@@ -59,4 +60,6 @@ def operator_of(gm: fx.GraphModule, node: fx.Node) -> Operator:
     name = name_of(node)
     if name in ("cat", "stack"):
         return JOIN
+    if name == "roll":
+        return ROLL
     return MOVES.get(name) or ELEMENTWISE.get(name) or FLOATS.get(name, NONE)

@@ -46,6 +46,7 @@ class NativeRegion(Leaf):
         rounds = any(node.target in (quantize, dequantize) for node in graph.graph.nodes)
         self.weight_only = not rounds and all(m.weight_only for m in graph.modules() if isinstance(m, Leaf))
         self._outcomes: dict[Key, Compiled | Declined] = {}
+        self._passing: set[Declined] = set()  # for inputs that no key stands for
         self._lock = threading.Lock()
         self.number = number_of(self)
 
@@ -69,8 +70,9 @@ class NativeRegion(Leaf):
 
     @property
     def declined(self) -> tuple[str, ...]:
-        """Why there is no program, for each of the sizes so far that have none; with both times, where float won."""
-        return tuple(made.reason for made in self._outcomes.values() if isinstance(made, Declined))
+        """Why there was no program, for what was called so far; with both times, where float won."""
+        known = [made.reason for made in self._outcomes.values() if isinstance(made, Declined)]
+        return (*known, *(made.reason for made in self._passing))
 
     def program(self, *inputs: Tensor) -> Compiled | None:
         """The program for inputs of such sizes, or None where something else runs."""
@@ -79,7 +81,7 @@ class NativeRegion(Leaf):
 
     def _outcome(self, inputs: tuple[Tensor, ...]) -> Compiled | Declined:
         if not _one_batch(inputs):
-            return _MIXED
+            return self._pass(_MIXED)
         key = _key(inputs)
         return self._outcomes.get(key) or self._made(key, inputs)
 
@@ -89,13 +91,18 @@ class NativeRegion(Leaf):
         with self._lock:
             if key not in self._outcomes:
                 if len(self.programs) >= MOST_PROGRAMS:
-                    _LOG.info("a region runs as the lowered graph does: %s", _MANY.reason)
-                    return _MANY
+                    return self._pass(_MANY)
                 self._outcomes[key] = make(self.graph, inputs, self.isa, self.tune)
             return self._outcomes[key]
 
+    def _pass(self, why: Declined) -> Declined:
+        if why not in self._passing:
+            _LOG.info("a region runs as the lowered graph does: %s", why.reason)
+            self._passing.add(why)
+        return why
+
     def _forget(self) -> None:
-        self._outcomes = {}
+        self._outcomes, self._passing = {}, set()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._forget()
@@ -106,7 +113,7 @@ class NativeRegion(Leaf):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_outcomes": {}, "_lock": None}
+        return self.__dict__ | {"_outcomes": {}, "_passing": set(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
