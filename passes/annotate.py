@@ -221,7 +221,7 @@ class Plan:
             bias = argument(node, row.bias, "bias") if row.bias is not None else None
             if isinstance(bias, fx.Node) and not is_constant(bias):
                 return "its bias is computed from inputs"
-        elif row.kind is Kind.ANCHOR and not any(n in self.carried for n in tensor_inputs(node)):
+        if row.kind is Kind.ANCHOR and node not in self.carried:
             return "it is computed from positions alone, whose every digit counts"
         if not any(is_floating(tensor_inputs(node)[i]) for i in activations(node)):
             return "integer or boolean arithmetic"
@@ -346,7 +346,14 @@ def _widest(asked: list[QuantSpec]) -> QuantSpec:
 
 
 def _brings_content(node: fx.Node) -> bool:
-    return name_of(node) in _LOOKUPS or (node.op == "placeholder" and is_floating(node))
+    if node.op == "placeholder":
+        return is_floating(node)
+    return name_of(node) in _LOOKUPS or (_has_weight(node) and not _is_outer_product(node))
+
+
+def _is_outer_product(node: fx.Node) -> bool:
+    """True for a linear layer of one feature: its sums have one term, as the angles of rotary embeddings have."""
+    return name_of(node) == "linear" and value(node.args[1]).shape[-1] == 1  # type: ignore[arg-type]
 
 
 _LOOKUPS = ("embedding", "embedding_bag")

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from qfx import jit
 from qfx.meta import graph_info
-from qfx.targets.native import elementwise
 from qfx.targets.native.declined import Declined
 from qfx.targets.native.inlined import inlined
 from qfx.targets.native.region import NativeRegion
 
-from .nets import Net, assert_agrees, assert_near, calls_of, disagreements, native
+from .nets import Net, assert_agrees, assert_near, calls_of, disagreements, native, region_of
 
 pytestmark = pytest.mark.skipif(jit.unavailable() is not None, reason=f"no native programs: {jit.unavailable()}")
 
@@ -184,13 +183,18 @@ def test_integers_stay_outside_without_a_note(monkeypatch: pytest.MonkeyPatch) -
     assert notes and all("sin" in note for note in notes)
 
 
-def test_what_no_program_repeats_runs_as_the_graph_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "LONG", 100)
-    net = Net(lambda s, x: s.a(x * s.p.times), p=parameters(times=(8, 1, 1)), a=nn.Conv2d(8, 2, 1))
-    made = native(net, x := torch.randn(4, 8, 5, 5))
-    ((region, _),) = calls_of(made, x)
-    assert "repeats a constant" in str(region.declined)
-    assert_near(made(x), inlined(made)(x), tolerance=1e-6)
+def test_one_number_for_a_long_row_is_stored_once() -> None:
+    """As images of any size are normalized: a program holds three numbers, not one for every pixel."""
+    net = Net(
+        lambda s, x: (s.a((x - s.p.mean) / s.p.std), s.n(x * s.p.places)),
+        p=parameters(mean=(3, 1, 1), std=(1, 3, 1, 1), places=(9, 1)),
+        a=nn.Conv2d(3, 2, 1),
+        n=normed(nn.BatchNorm2d(3)),
+    )
+    made = native(net, torch.randn(4, 3, 9, 37))
+    assert_agrees(made, torch.randn(2, 3, 9, 37))
+    (program,) = region_of(made).programs
+    assert program.constant_bytes < 9000, "less than one image"
 
 
 def test_nothing_at_all() -> None:

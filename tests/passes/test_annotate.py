@@ -369,6 +369,20 @@ def test_positions_that_are_made_of_sizes_stay_float(net) -> None:
     assert quantized(gm) == ["linear"] and reason(gm, "matmul") == POSITIONS
 
 
+def test_angles_with_the_frequencies_on_the_right_stay_float(net) -> None:
+    """The product is a linear layer of one feature by then."""
+    model = net(lambda self, x, i: self.a(x) * (i[:, :, None].float() @ self.b.weight.t()).cos(), a=nn.Linear(4, 4),
+                b=nn.Linear(1, 4, bias=False))  # fmt: skip
+    gm = annotated(model, (ROWS, torch.arange(3).repeat(2, 1)))
+    assert quantized(gm) == ["linear"] and [r for n in gm.graph.nodes if (r := info(n).reason) == POSITIONS]
+
+
+def test_layers_on_images_of_bytes_are_content(net) -> None:
+    model = net(lambda self, x: (y := self.a(x.float() / 255).flatten(2)) @ y.transpose(1, 2), a=nn.Conv2d(3, 4, 3))
+    gm = annotated(model, torch.randint(0, 256, (2, 3, 6, 6), dtype=torch.uint8))
+    assert {"conv2d", "matmul"} <= set(quantized(gm))
+
+
 def test_what_an_embedding_looks_up_is_content(net) -> None:
     model = net(lambda self, i: (y := self.table(i)) @ y.transpose(1, 2), table=nn.Embedding(9, 4))
     assert "matmul" in quantized(annotated(model, torch.randint(0, 9, (2, 3))))

@@ -23,11 +23,29 @@ struct Divide {
   QFX_F32 Vec operator()(Vec a, Vec b) const { return a / b; }
 };
 
-// op(a, b) of [rows, cols]. An operand's row is `cols` behind the one before, or the same one if its `rows` is 1.
+// Of [rows, cols]: a row is `cols` behind the one before, or the same one if `rows` is 1. With a `period`, all of a row
+// is one number, and row i has the number i % period.
 struct Operand {
   const float* data;
   int64_t rows;
+  int64_t period = 0;
+
+  const float* row(int64_t i, int64_t cols) const {
+    return data + (period > 0 ? i % period : rows == 1 ? 0 : i * cols);
+  }
 };
+
+// A row of an operand: numbers one behind the other, or one number for all.
+struct Run {
+  const float* data;
+  bool one;
+  template <class Lanes>
+  QFX_F32 Vec get(int64_t i, Lanes lanes) const {
+    return one ? all(*data) : load(data + i, lanes);
+  }
+};
+
+// op(a, b)
 
 template <class Op, class T>
 void binary(const Team& team, const Op& op, Operand a, Operand b, Output<T> out, int64_t rows, int64_t cols) {
@@ -39,24 +57,25 @@ void binary(const Team& team, const Op& op, Operand a, Operand b, Output<T> out,
   const Team::Range r = one ? Team::Range{0, 1} : team.share(rows);
   const Team::Range c = one ? team.share(cols, kShare) : Team::Range{0, cols};
   for (int64_t row = r.begin; row < r.end; ++row) {
-    const float* left = a.data + (a.rows == 1 ? 0 : row * cols) + c.begin;
-    const float* right = b.data + (b.rows == 1 ? 0 : row * cols) + c.begin;
+    const Run left{a.row(row, cols) + (a.period > 0 ? 0 : c.begin), a.period > 0};
+    const Run right{b.row(row, cols) + (b.period > 0 ? 0 : c.begin), b.period > 0};
     const int64_t to = row * cols + c.begin;
     out.put_each(to, c.end - c.begin, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      return op(load(left + i, lanes), load(right + i, lanes));
+      return op(left.get(i, lanes), right.get(i, lanes));
     });
   }
 }
 
-// x * scale + shift, of which each row of x has one.
+// x * scale + shift
 template <class T>
-void scale_and_shift(const Team& team, const float* x, const float* scale, const float* shift, Output<T> out,
-                     int64_t rows, int64_t cols) {
+void scale_and_shift(const Team& team, const float* x, Operand scale, Operand shift, Output<T> out, int64_t rows,
+                     int64_t cols) {
   const auto [begin, end] = team.share(rows);
   for (int64_t row = begin; row < end; ++row) {
     const float* from = x + row * cols;
+    const Run factor{scale.row(row, cols), scale.period > 0}, term{shift.row(row, cols), shift.period > 0};
     out.put_each(row * cols, cols, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      return fma(load(from + i, lanes), load(scale + i, lanes), load(shift + i, lanes));
+      return fma(load(from + i, lanes), factor.get(i, lanes), term.get(i, lanes));
     });
   }
 }

@@ -59,6 +59,7 @@ class _Forced(fx.Interpreter):
             return result
         if got.dtype != result.dtype:  # rounded by what made it: the quantize operator behind is compared
             return result
+        got = got.reshape(result.shape)  # rows of all samples may stand in one dimension
         self.found.append(_difference(n, result, got))
         return got.reshape(result.shape)
 

@@ -12,6 +12,7 @@ from qfx.targets.native.emitter import Emitter, Operator
 from qfx.targets.native.epilogues import number
 from qfx.targets.native.images import base, border_fill, image
 from qfx.targets.native.program import ELEMENTS, pointer
+from qfx.targets.reference import MatmulLeaf
 from qfx.targets.x86_static import StaticLeaf
 
 
@@ -51,7 +52,8 @@ def emit_quantize(emitter: Emitter, node: fx.Node) -> None:
 def _is_image(emitter: Emitter, node: fx.Node) -> bool:
     """True where a reader of four dimensions takes the second for channels."""
     leaves = [emitter.module(user) for user in node.users if user.op == "call_module"]
-    return any(not isinstance(leaf, StaticLeaf) or len(leaf.weight_shape) == 4 for leaf in leaves)
+    layers = [leaf for leaf in leaves if not isinstance(leaf, MatmulLeaf)]
+    return any(not isinstance(leaf, StaticLeaf) or len(leaf.weight_shape) == 4 for leaf in layers)
 
 
 def emit_dequantize(emitter: Emitter, node: fx.Node) -> None:

@@ -18,9 +18,9 @@ from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.program import pointer
 from qfx.targets.native.views import BATCH, Element, View, numel
 
-SHORT, LONG = 256, 1 << 20
-"""Elements: a constant of fewer is stored several times over, so that the loops along its rows are long; one that has
-to be repeated to more is refused."""
+SHORT, LONG_ROW = 256, 32
+"""Elements. A constant of fewer than ``SHORT`` is stored several times over, so that the loops along its rows are long;
+of as many as ``LONG_ROW`` that share one number, this number is stored once."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,17 @@ def _binary(emitter: Emitter, node: fx.Node) -> None:
     for x in known:
         if isinstance(x, Tensor):
             repeated = _repeated(x.float(), order, node)
-            operands.append((emitter.program.constant(repeated), "1"))
-            cols = min(cols, repeated.numel())
+            operands.append(repeated.operand(emitter))
+            cols = min(cols, repeated.cols)
             continue
         view = dense_of(emitter, order.of(_expanded(x, emitter.size(node), node)), str(node))
         reads.append(view)
-        operands.append((pointer(view.buffer, view.offset), "rows"))
+        operands.append(f"f32::Operand{{{pointer(view.buffer, view.offset)}, rows}}")
     out, made = result(emitter, node, _make(emitter, node, order))
     emitter.program.headers.add("elementwise.h")
-    given = ", ".join(f"f32::Operand{{{data}, {rows}}}" for data, rows in operands)
     code = (
         f"const int64_t rows = n * {numel(order.sizes) // cols};\n"
-        f"f32::binary(team, f32::{_BINARY[name_of(node)]}{{}}, {given}, {out}, rows, {cols});"
+        f"f32::binary(team, f32::{_BINARY[name_of(node)]}{{}}, {', '.join(operands)}, {out}, rows, {cols});"
     )
     emitter.step(code, reads, made, node, name_of(node))
 
@@ -109,18 +108,37 @@ def _expanded(view: View, sizes: tuple[int, ...], node: fx.Node) -> View:
     return view.expand(sizes)
 
 
-def _repeated(constant: Tensor, order: Order, node: fx.Node) -> Tensor:
-    """What of a constant operand has to be stored: the result's rows repeat it, in the order of memory."""
+@dataclass(frozen=True)
+class Repeated:
+    """A constant operand as it is stored, and the length of the result's rows that it is read by: as one row, which all
+    repeat; or, with ``by_row``, as one number for each, over and over."""
+
+    values: Tensor
+    cols: int
+    by_row: bool
+
+    def operand(self, emitter: Emitter) -> str:
+        """A C++ ``Operand``."""
+        data = emitter.program.constant(self.values)
+        return f"f32::Operand{{{data}, 1, {self.values.numel() if self.by_row else 0}}}"
+
+
+def _repeated(constant: Tensor, order: Order, node: fx.Node) -> Repeated:
+    """How a constant operand is repeated to the result's sizes, in the order of memory."""
     whole = constant.reshape([1] * (len(order.dims) - constant.ndim) + list(constant.shape)).permute(order.dims)
-    varying = [i for i, size in enumerate(whole.shape) if size != 1]
-    first = varying[0] if varying else len(order.sizes)
+    varying = [i for i, size in enumerate(whole.shape) if size != 1] or [len(order.sizes)]
+    first, behind = varying[0], varying[-1] + 1
     if BATCH in order.sizes[first:]:
         raise NotNative(f"{node} reads a constant that differs from sample to sample")
-    if numel(order.sizes[first:]) > LONG > whole.numel():
-        raise NotNative(f"{node} repeats a constant {numel(order.sizes[first:]) // whole.numel()} times")
+    if behind < len(order.sizes) and numel(order.sizes[behind:]) >= LONG_ROW:
+        lines = order.sizes[:behind]
+        begin = lines.index(BATCH) + 1 if BATCH in lines else 0
+        values = whole.reshape(whole.shape[begin:behind]).expand(lines[begin:]).contiguous()
+        return Repeated(values, numel(order.sizes[behind:]), by_row=True)
     while first and order.sizes[first - 1] != BATCH and numel(order.sizes[first:]) < SHORT:
         first -= 1
-    return whole.reshape(whole.shape[first:]).expand(order.sizes[first:]).contiguous()
+    values = whole.reshape(whole.shape[first:]).expand(order.sizes[first:]).contiguous()
+    return Repeated(values, values.numel(), by_row=False)
 
 
 # --- one operand ------------------------------------------------------------------------------------------------------
@@ -186,10 +204,9 @@ def _batch_norm(emitter: Emitter, node: fx.Node) -> None:
     rows = [_repeated(values.float().reshape(by_channel), order, node) for values in (scale, shift)]
     out, made = result(emitter, node, _make(emitter, node, order))
     emitter.program.headers.add("elementwise.h")
-    cols = rows[0].numel()
-    constants = ", ".join(emitter.program.constant(row) for row in rows)
+    operands, cols = ", ".join(row.operand(emitter) for row in rows), rows[0].cols
     data = pointer(given.buffer, given.offset)
-    call = f"f32::scale_and_shift(team, {data}, {constants}, {out}, n * {numel(order.sizes) // cols}, {cols});"
+    call = f"f32::scale_and_shift(team, {data}, {operands}, {out}, n * {numel(order.sizes) // cols}, {cols});"
     emitter.step(call, [given], made, node, "batch_norm")
 
 
