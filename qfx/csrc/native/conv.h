@@ -56,11 +56,14 @@ template <class Dot, class Epilogue>
   auto* panel = reinterpret_cast<Data*>((reinterpret_cast<uintptr_t>(other_at + c.rows) + 63) & ~uintptr_t{63});
   alignas(64) int32_t sums[Dot::kRows * N];
 
-  const auto tasks = team.share(blocks * c.groups * c.parts);
+  // Part by part, so that a thread reads its own channels' weights only; what it gathers twice is less.
+  const int64_t sources = blocks * c.groups;  // a panel is of one block and one group
+  const auto tasks = team.share(sources * c.parts);
   int64_t gathered = -1;
   for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-    const int64_t source = task / c.parts, block = source / c.groups;  // a panel is of one block and one group
-    const int group = static_cast<int>(source - block * c.groups), part = static_cast<int>(task - source * c.parts);
+    const int part = static_cast<int>(task / sources);
+    const int64_t source = task - part * sources, block = source / c.groups;
+    const int group = static_cast<int>(source - block * c.groups);
     const int64_t start = block * c.rows;
     const int rows = static_cast<int>(std::min<int64_t>(c.rows, positions - start));
     if (source != gathered) {

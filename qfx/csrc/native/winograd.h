@@ -103,8 +103,8 @@ void conv_winograd(const Team& team, const Winograd& c, int64_t count, const voi
   const auto tasks = team.share(blocks * c.parts);
   int64_t gathered = -1;
   for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-    const int64_t block = task / c.parts, start = block * c.rows;
-    const int part = static_cast<int>(task - block * c.parts);
+    const int part = static_cast<int>(task / blocks);  // part by part: a thread reads its own channels' weights only
+    const int64_t block = task - part * blocks, start = block * c.rows;
     const int rows = static_cast<int>(std::min<int64_t>(c.rows, squares - start));
     if (block != gathered) {
       gathered = block;

@@ -52,7 +52,7 @@ def emit_amx(layer: Layer) -> None:
     if lines.line != "kNone":
         length = depth // len(runs)
         per_position = -(-layer.x.strides[0] // layer.positions)
-    chunk = layer.blocks(min(CHUNK, CHUNK_BYTES // per_position), BLOCK)
+    chunk = max(BLOCK, layer.scaled(min(CHUNK, CHUNK_BYTES // per_position)) // BLOCK * BLOCK)
     conv = conv_struct(layer, runs, length, depth, panel_rows(layer, depth), layer.parts(1, tiles))
     amx = program.declare(
         "ConvAmx", "conv", f"{{{conv}, Line::{lines.line}, {lines.distance}, {lines.pitch}, {chunk}}}"

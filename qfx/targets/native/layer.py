@@ -127,10 +127,14 @@ class Layer:
             return min(tiles, self.choice.parts)
         return min(tiles, 1 if blocks >= 4 * threads else threads) if threads > 1 else 1
 
-    def blocks(self, rows: int, unit: int) -> int:
-        """Output positions of a block: ``rows``, as the choice scales them, in whole ``unit``."""
-        scaled = rows if self.choice.scale is None else int(rows * self.choice.scale)
-        return max(unit, scaled // unit * unit)
+    def scaled(self, size: int) -> int:
+        """The size of a block, as the choice scales it."""
+        return size if self.choice.scale is None else int(size * self.choice.scale)
+
+    def block(self, most: int, total: int, unit: int) -> int:
+        """Into blocks of how many, in whole ``unit``, ``total`` is cut: about ``most``, and nearly as many in each."""
+        blocks = -(-total // max(unit, -(-self.scaled(most) // unit) * unit))
+        return max(1, -(-total // (max(1, blocks) * unit))) * unit
 
     def packed(self, kernel: str, make: Callable[[], tuple[Tensor, int]]) -> tuple[str, int]:
         """A C++ pointer to the weights for ``kernel``, which ``make`` packs, and the number that it gives with them."""

@@ -25,7 +25,7 @@ def emit_panel(layer: Layer) -> None:
 
 def panel_rows(layer: Layer, depth: int) -> int:
     """Output positions of a panel."""
-    return layer.blocks(min(PANEL_BYTES // (depth * 2 + 256), layer.positions), layer.isa.rows)
+    return layer.block(PANEL_BYTES // (depth * 2 + 256), layer.positions, layer.isa.rows)
 
 
 def conv_struct(layer: Layer, runs: list[int], length: int, depth: int, rows: int, parts: int) -> str:

@@ -22,7 +22,7 @@ def emit_winograd(layer: Layer) -> None:
     program, isa = layer.program, layer.isa
     outputs, inputs = layer.leaf.weight_shape[:2]
     squares = -(-layer.out.sizes[2] // 2) * -(-layer.out.sizes[3] // 2)
-    rows = layer.blocks(min(SQUARES_BYTES // (inputs * 32), squares, 96), isa.rows)
+    rows = layer.block(min(SQUARES_BYTES // (inputs * 32), 96), squares, isa.rows)
     parts = layer.parts(-(-squares // rows), -(-outputs // isa.channels))
     fields = f"{{{layer.images}, {layer.first}, {inputs}, {outputs}, {rows}, {parts}, {layer.flip}}}"
     conv = program.declare("Winograd", "conv", fields)
