@@ -19,27 +19,22 @@ no native kernel, and regions without a layer: they would save nothing.
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qfx import jit
 from qfx.attributes import drop_unused, free_path, get_tensor, set_module, set_tensor
 from qfx.graph_module import CapturedModule
 from qfx.meta import add_notes, describe, info, update, value
-from qfx.operators import is_floating, is_written, mutates, name_of, tensor_inputs
+from qfx.operators import tensor_inputs
 from qfx.patterns import NoMatch
 from qfx.stage import Stage
 from qfx.targets.native.choice import Tune
 from qfx.targets.native.region import NativeRegion
-from qfx.targets.native.weight_only import NativeWeightOnlyLeaf
-from qfx.targets.reference import MatmulLeaf
-from qfx.targets.x86_static import StaticLeaf
-from qfx.verify import leaf_of
 
 
 @dataclass(frozen=True)
@@ -57,12 +52,13 @@ class CompileRegions:
         if (reason := jit.unavailable()) is not None:
             add_notes(gm, "not native", [reason])
             return 0
+        from qfx.targets.native.grouping import free_nodes, groups_of  # the generator is much code that few models need
+
         misses: list[NoMatch] = []
-        for node in gm.graph.nodes:
-            if node.target in _VIEWS:  # results of regions have their own strides
-                node.target = torch.ops.aten.reshape.default
-        free = _free(gm)
-        groups = [group for group in _groups(gm, free, misses) if any(_is_layer(gm, node) for node in group)]
+        free = free_nodes(gm)
+        groups = groups_of(gm, free, misses)
+        if groups:
+            _view_any_strides(gm)
         for group in groups:
             _replace(gm, group, free, self)
         drop_unused(gm)
@@ -73,84 +69,11 @@ class CompileRegions:
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
-def _is_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
-    leaf = leaf_of(gm, node)
-    return isinstance(leaf, StaticLeaf | NativeWeightOnlyLeaf | MatmulLeaf)
-
-
-def _free(gm: fx.GraphModule) -> set[fx.Node]:
-    """What every region that reads it computes for itself, when it is compiled: sizes, and functions of parameters."""
-    sizes: set[fx.Node] = set()
-    known: set[fx.Node] = set()  # whatever the number of samples
+def _view_any_strides(gm: fx.GraphModule) -> None:
+    """Results of regions have other strides than those that the graph was captured with."""
     for node in gm.graph.nodes:
-        if node.op == "get_attr" and not is_written(node):
-            known.add(node)
-        elif node.op == "call_function" and _is_size(node):
-            sizes.add(node)
-            if (name_of(node) == "sym_size" and node.args[1] != 0) or _is_known(node, known):
-                known.add(node)
-        elif _folds(gm, node) and _is_known(node, known):
-            known.add(node)
-    return sizes | known
-
-
-def _is_size(node: fx.Node) -> bool:
-    return not isinstance(value(node), Tensor | tuple | list)
-
-
-def _is_known(node: fx.Node, known: Collection[fx.Node]) -> bool:
-    return all(n in known for n in node.all_input_nodes)
-
-
-def _folds(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """True for an operator without chance or effects that gives a tensor, and for a leaf."""
-    op = node.target
-    if leaf_of(gm, node) is not None:
-        return True
-    if not isinstance(op, torch._ops.OpOverload) or not isinstance(value(node), Tensor):
-        return False
-    return op.namespace in ("aten", "qfx") and torch.Tag.nondeterministic_seeded not in op.tags and not mutates(node)
-
-
-def _groups(gm: fx.GraphModule, free: Collection[fx.Node], misses: list[NoMatch]) -> list[list[fx.Node]]:
-    """The nodes of each region, in order.
-
-    A node's depth counts how often the way to it changes sides, between nodes with a native form (odd depths) and such
-    without (even ones). No way between two nodes of one depth leads through the other side, so that all nodes of an odd
-    depth can be called as a whole.
-    """
-    depth: dict[fx.Node, int] = {}
-    found: defaultdict[int, list[fx.Node]] = defaultdict(list)
-    for node in gm.graph.nodes:
-        before = {n: depth[n] for n in tensor_inputs(node)}
-        if node.op not in ("call_function", "call_module") or node in free:
-            depth[node] = max(before.values(), default=0)
-            continue
-        native = _has_native_form(gm, node, free, depth, misses)
-        reached = max((d + (d % 2 != native and n not in free) for n, d in before.items()), default=0)
-        depth[node] = reached + (reached % 2 != native)
-        if native:
-            found[depth[node]].append(node)
-    return list(found.values())
-
-
-def _has_native_form(
-    gm: fx.GraphModule,
-    node: fx.Node,
-    free: Collection[fx.Node],
-    depth: Mapping[fx.Node, int],
-    misses: list[NoMatch],
-) -> bool:
-    from qfx.targets.native.moves import MOVES  # here, since the generator is much code that few models need
-    from qfx.targets.native.operators import operator_of
-
-    source = node.args[0] if node.args and name_of(node) in MOVES else None
-    if isinstance(source, fx.Node) and depth[source] % 2 == 0 and source.op != "placeholder" and source not in free:
-        return False  # what moves elements stays where they are
-    reason = operator_of(gm, node).refusal(gm, node)
-    if reason is not None and is_floating(node):
-        misses.append(NoMatch(reason, node))
-    return reason is None
+        if node.target in _VIEWS:
+            node.target = torch.ops.aten.reshape.default
 
 
 def _escapes(node: fx.Node, inside: Collection[fx.Node], free: Collection[fx.Node]) -> bool:

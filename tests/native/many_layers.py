@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx.graph_module import CapturedModule
-from qfx.ops import quantize
 from qfx.targets import QParams, Step
 from qfx.targets.x86 import X86
 from qfx.targets.x86_static import StaticLeaf
 
 from ..targets import regions as r
+from .nets import rounded
 
 aten = torch.ops.aten
 UINT8, INT8 = r.qparams(0.04, 120), r.qparams(0.04, -9, torch.int8)
@@ -80,17 +80,11 @@ def graph_of(cases: Sequence[Case]) -> fx.GraphModule:
     inputs = iter([graph.placeholder(f"x_{i}") for i in range(len(inputs_of(cases, 1)))])
     results = []
 
-    def rounded(x: fx.Node, q: QParams) -> fx.Node:
-        root.register_buffer(f"{x.name}_scale", q.scale)
-        root.register_buffer(f"{x.name}_zero_point", q.zero_point)
-        scale, zero_point = graph.get_attr(f"{x.name}_scale"), graph.get_attr(f"{x.name}_zero_point")
-        return graph.call_function(quantize, (x, scale, zero_point, None, None, q.quant_min, q.quant_max, q.dtype))
-
     for i, case in enumerate(cases):
         root.add_module(f"layer_{i}", case.leaf(seed=i))
-        args = [rounded(next(inputs), case.data)]
+        args = [rounded(root, next(inputs), case.data)]
         if case.addend:
-            args.append(rounded(next(inputs), ADDEND))
+            args.append(rounded(root, next(inputs), ADDEND))
         results.append(graph.call_module(f"layer_{i}", tuple(args)))
     graph.output(tuple(results))
     return CapturedModule.of(root, graph, "Region")

@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 
 from qfx.graph_module import CapturedModule
 from qfx.operators import OPS
-from qfx.ops import quantize
 from qfx.targets import AnchorRegion, QParams, Step
 from qfx.targets.reference import MatmulLeaf
 
 from ..targets import regions as r
+from .nets import rounded
 
 aten = torch.ops.aten
 UINT8, INT8 = r.qparams(0.03, 117), r.qparams(0.03, 0, torch.int8)
@@ -74,21 +74,15 @@ def graph_of(cases: Sequence[Case]) -> fx.GraphModule:
     inputs = iter([graph.placeholder(f"x_{i}") for i in range(len(inputs_of(cases, 1)))])
     results = []
 
-    def rounded(x: fx.Node, q: QParams) -> fx.Node:
-        root.register_buffer(f"{x.name}_scale", q.scale)
-        root.register_buffer(f"{x.name}_zero_point", q.zero_point)
-        scale, zero_point = graph.get_attr(f"{x.name}_scale"), graph.get_attr(f"{x.name}_zero_point")
-        return graph.call_function(quantize, (x, scale, zero_point, None, None, q.quant_min, q.quant_max, q.dtype))
-
     for i, case in enumerate(cases):
         root.add_module(f"product_{i}", case.leaf())
         args = []
         for q, order in ((case.left, case.left_order), (case.right, case.right_order)):
-            operand = rounded(next(inputs), q)
+            operand = rounded(root, next(inputs), q)
             args.append(operand if order is None else graph.call_function(aten.permute.default, (operand, list(order))))
         for step in case.steps:
             if step.name == "add":
-                args.append(next(inputs) if step.other is None else rounded(next(inputs), step.other))
+                args.append(next(inputs) if step.other is None else rounded(root, next(inputs), step.other))
         results.append(graph.call_module(f"product_{i}", tuple(args)))
     graph.output(tuple(results))
     return CapturedModule.of(root, graph, "Region")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import qfx
+from qfx.ops import quantize
+from qfx.targets.base import QParams
 from qfx.targets.native.agreement import Disagreement, compare
 from qfx.targets.native.inlined import inlined, regions_of
 from qfx.targets.native.region import NativeRegion
@@ -51,6 +53,27 @@ def native(
         made = qfx.quantize(model.eval(), example, target=target, recipe=recipe, verbose=False, **options)
     assert isinstance(made, fx.GraphModule)
     return made
+
+
+def linears(**ends: tuple[int, int]) -> dict[str, nn.Module]:
+    """Layers by their names, of so many features in and out."""
+    return {name: nn.Linear(*sizes) for name, sizes in ends.items()}
+
+
+def kernels(made: nn.Module, *inputs: Tensor) -> list[str]:
+    """The steps of the only region's program."""
+    ((region, args),) = calls_of(made, *inputs)
+    program = region.program(*args)
+    assert program is not None
+    return [step.kernel for step in program.steps]
+
+
+def rounded(root: nn.Module, x: fx.Node, q: QParams) -> fx.Node:
+    """``x``, quantized per tensor in its graph, whose module is ``root``."""
+    root.register_buffer(f"{x.name}_scale", q.scale)
+    root.register_buffer(f"{x.name}_zero_point", q.zero_point)
+    scale, zero_point = (x.graph.get_attr(f"{x.name}_{what}") for what in ("scale", "zero_point"))
+    return x.graph.call_function(quantize, (x, scale, zero_point, None, None, q.quant_min, q.quant_max, q.dtype))
 
 
 def region_of(gm: nn.Module) -> NativeRegion:

@@ -16,13 +16,9 @@ from qfx.targets.native.declined import Declined
 from qfx.targets.native.inlined import inlined
 from qfx.targets.native.region import NativeRegion
 
-from .nets import Net, assert_agrees, assert_near, calls_of, disagreements, native, region_of
+from .nets import Net, assert_agrees, assert_near, calls_of, disagreements, kernels, linears, native, region_of
 
 pytestmark = pytest.mark.skipif(jit.unavailable() is not None, reason=f"no native programs: {jit.unavailable()}")
-
-
-def linears(**ends: tuple[int, int]) -> dict[str, nn.Module]:
-    return {name: nn.Linear(*sizes) for name, sizes in ends.items()}
 
 
 def parameters(**sizes: tuple[int, ...]) -> Net:
@@ -38,14 +34,6 @@ def normed(norm: nn.Module) -> nn.Module:
     for tensor in (*norm.parameters(), *(b for b in norm.buffers() if b.is_floating_point())):
         nn.init.uniform_(tensor, 0.5, 2)
     return norm.eval()
-
-
-def kernels(made: nn.Module, *inputs: Tensor) -> list[str]:
-    (call,) = calls_of(made, *inputs)
-    region, args = call
-    program = region.program(*args)
-    assert program is not None
-    return [step.kernel for step in program.steps]
 
 
 @pytest.mark.slow

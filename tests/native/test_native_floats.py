@@ -10,21 +10,9 @@ from torch import Tensor, nn
 from qfx import jit
 from qfx.targets.native.inlined import inlined
 
-from .nets import Net, assert_agrees, assert_near, calls_of, native
+from .nets import Net, assert_agrees, assert_near, calls_of, kernels, linears, native
 
 pytestmark = pytest.mark.skipif(jit.unavailable() is not None, reason=f"no native programs: {jit.unavailable()}")
-
-
-def linears(**ends: tuple[int, int]) -> dict[str, nn.Module]:
-    return {name: nn.Linear(*sizes) for name, sizes in ends.items()}
-
-
-def kernels(made: nn.Module, *inputs: Tensor) -> list[str]:
-    (call,) = calls_of(made, *inputs)
-    region, args = call
-    program = region.program(*args)
-    assert program is not None
-    return [step.kernel for step in program.steps]
 
 
 def test_norms() -> None:

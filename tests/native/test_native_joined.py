@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qfx import jit
 from qfx.targets.native.inlined import inlined
 
-from .nets import Net, assert_near, calls_of, native
+from .nets import Net, assert_near, calls_of, linears, native
 
 pytestmark = pytest.mark.skipif(jit.unavailable() is not None, reason=f"no native programs: {jit.unavailable()}")
 
@@ -27,10 +27,6 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.outputs)
-
-
-def linears(**ends: tuple[int, int]) -> dict[str, nn.Module]:
-    return {name: nn.Linear(*sizes) for name, sizes in ends.items()}
 
 
 def test_rows_of_all_samples() -> None:

@@ -19,7 +19,7 @@ from qfx.targets.native.region import NativeRegion
 
 from ..targets import regions as r
 from .many_products import ADD, ADD_FLOAT, HIGH, INT8, LOW, ODD, RELU, SIGMOID, UINT8, Case, graph_of, inputs_of
-from .nets import Net, assert_agrees, assert_near, native
+from .nets import Net, assert_agrees, assert_near, linears, native
 
 pytestmark = pytest.mark.skipif(jit.unavailable() is not None, reason=f"no native programs: {jit.unavailable()}")
 
@@ -108,10 +108,6 @@ def test_the_longest_sum_stays_in_int32(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # --- in models --------------------------------------------------------------------------------------------------------
-
-
-def linears(**ends: tuple[int, int]) -> dict[str, nn.Module]:
-    return {name: nn.Linear(*sizes) for name, sizes in ends.items()}
 
 
 def written_out(s: Net, x: Tensor) -> tuple[Tensor, ...]:
