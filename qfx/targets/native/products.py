@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from qfx.meta import value
@@ -59,10 +57,10 @@ def _emit(emitter: Emitter, node: fx.Node) -> None:
     emitter.program.headers.add("matmul.h")
     data = ", ".join(pointer(view.buffer, view.offset) for view in (left, right))
     code = f"{epilogue.code}\nmatmul<Dot>(team, {product}, n, {data}, epilogue, scratch);"
+    macs = heads * rows * columns * length
     kernel = "+".join([f"{emitter.isa.name} matmul", *(step.name for step in steps_of(leaf))])
-    told: dict[str, Any] = {"macs": heads * rows * columns * length}
     reads = [left, right] if other is None else [left, right, other]
-    emitter.step(code, reads, [out], node, kernel, scratch=f"MatmulScratch<Dot>({product}).size", **told)
+    emitter.step(code, reads, [out], node, kernel, scratch=f"MatmulScratch<Dot>({product}).size", macs=macs)
 
 
 def _factor(view: View, qparams: QParamsBuffers, *, unsigned: bool) -> str:
