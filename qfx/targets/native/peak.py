@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import ctypes
 from typing import Any
 
 from qfx.targets.native.isa import Isa
@@ -17,9 +17,20 @@ _UNIT = """\
 
 QFX_API int64_t qfx_peak_products() {{ return qfx::kPeakProducts<qfx::{dot}>; }}
 
-QFX_API void qfx_peak(int64_t calls, int threads) {{
+// Seconds from when all threads are there until the last has made its calls.
+QFX_API double qfx_peak(int64_t calls, int threads) {{
+  double start = 0, end = 0;
 #pragma omp parallel num_threads(threads)
-  qfx::peak<qfx::{dot}>(calls);
+  {{
+#pragma omp barrier
+#pragma omp master
+    start = omp_get_wtime();
+    qfx::peak<qfx::{dot}>(calls);
+#pragma omp barrier
+#pragma omp master
+    end = omp_get_wtime();
+  }}
+  return end - start;
 }}
 """
 
@@ -31,15 +42,15 @@ def measured_peak(isa: Isa, threads: int, *, seconds: float = 0.002, rounds: int
         NativeError: there is no compiler, or it failed.
     """
     library = load(_UNIT.format(header=isa.header, dot=isa.dot))
+    library.qfx_peak.restype = ctypes.c_double
     products: int = library.qfx_peak_products() * threads
     calls = 64
-    while (took := _time(library, calls, threads)) < seconds / 4:
+    while (took := _least(library, calls, threads, 3)) < seconds / 4:
         calls *= 2
     calls = max(1, round(calls * seconds / took))
-    return max(products * calls / _time(library, calls, threads) for _ in range(rounds))
+    return products * calls / _least(library, calls, threads, rounds)
 
 
-def _time(library: Any, calls: int, threads: int) -> float:
-    start = time.perf_counter()
-    library.qfx_peak(calls, threads)
-    return time.perf_counter() - start
+def _least(library: Any, calls: int, threads: int, rounds: int) -> float:
+    """Seconds. Several rounds, since a thread that the system wakes or moves makes all wait."""
+    return min(library.qfx_peak(calls, threads) for _ in range(rounds))
