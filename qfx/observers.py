@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qfx import affine
 from qfx.errors import CalibrationError, ConfigError
+from qfx.ops import fake_quantize
 from qfx.spec import PerTensor, QuantSpec, Scheme
 
 
@@ -343,7 +344,7 @@ class Mse(Observer):
                 quant_max=self.spec.quant_max,
                 scale_dtype=self.spec.scale_dtype,
             )
-            rounded, _ = affine.fake_quantize(
+            rounded, _ = fake_quantize(
                 x,
                 scale,
                 zero_point,
