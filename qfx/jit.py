@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -24,6 +25,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,12 +102,15 @@ def _find_compiler(cxx: str, path: str) -> Compiler | None:
     return None
 
 
-def load(sources: tuple[Path, ...], *, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+def load(
+    sources: tuple[Path, ...], *, flags: tuple[str, ...] = (), prelude: Path | None = None
+) -> ctypes.CDLL | None:
     """Compile ``sources`` (or find them compiled) and load the library; ``None`` where :func:`unavailable` says why.
 
     Args:
         sources: C++ files, and the headers that they include (``.h``, ``.hpp``): all count in the cache's key.
         flags: further flags for the compiler, behind the standard ones.
+        prelude: one of the headers, which every source shall begin with; it is compiled once for all libraries.
 
     Raises:
         NativeError: the compiler failed, or its library cannot be loaded; the text gives the command and the log.
@@ -113,15 +120,20 @@ def load(sources: tuple[Path, ...], *, flags: tuple[str, ...] = ()) -> ctypes.CD
     if reason is not None or cxx is None:
         _LOG.info("C++ loops are not used: %s", reason)
         return None
-    command = (*cxx.command, *_COMPILE_FLAGS, *_NATIVE_FLAGS.get(platform.machine(), ()), *flags)
-    key = _key(sources, (cxx.version, *command, *_LINK_FLAGS, fingerprint()))
+    options = (*_COMPILE_FLAGS, *_NATIVE_FLAGS.get(platform.machine(), ()), *flags)
+    key_words = (cxx.version, *cxx.command, *options, *_LINK_FLAGS, fingerprint())
+    key = _key(sources, key_words)
     name = f"{sources[0].stem}-{key}.so"
     with _lock:
         library = cache_dir() / name
         if not _is_intact(library):
             library = _writable(library.parent) / name
             if not _is_intact(library):
-                _build(command, sources, library)
+                if prelude is not None:
+                    compiled = _precompiled(prelude, (*cxx.command, *options), key_words, library.parent)
+                    # The first places that g++ looks at: a compiled header that it cannot use, it passes over.
+                    options = (f"-I{compiled.parent}", f"-I{prelude.parent}", "-include", prelude.name, *options)
+                _build((*cxx.command, *options), sources, library)
         try:
             return ctypes.CDLL(str(library))
         except OSError as error:
@@ -170,42 +182,69 @@ def _seal(content: bytes) -> bytes:
     return _SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
-def _is_intact(library: Path) -> bool:
+def _is_intact(built: Path) -> bool:
     """True if the file is there and ends with the checksum of the rest: a loader would crash on a torn one."""
     try:
-        content = library.read_bytes()
+        content = built.read_bytes()
     except OSError:  # not there, or not ours to read
         return False
     length = len(content) - len(_seal(b""))
     if length >= 0 and content[length:] == _seal(content[:length]):
         return True
-    _LOG.warning("%s is damaged and is built again", library)
+    _LOG.warning("%s is damaged and is built again", built)
     return False
 
 
+def _precompiled(header: Path, command: tuple[str, ...], words: tuple[str, ...], cache: Path) -> Path:
+    """The compiled form of ``header``, in a folder of its own; ``words``: what it depends on."""
+    folder = cache / f"{header.stem}-{_key((header,), words)}"
+    folder.mkdir(mode=0o755, exist_ok=True)
+    compiled = folder / f"{header.name}.gch"
+    if not _is_intact(compiled):
+        with _workplace(compiled) as place:
+            _run((*command, "-x", "c++-header", str(header), "-o", str(place / compiled.name)), compiled)
+            _publish(place / compiled.name, compiled)
+    return compiled
+
+
 def _build(command: tuple[str, ...], sources: tuple[Path, ...], library: Path) -> None:
-    """Compile into a file of one's own, then rename: other processes see the whole library or none."""
-    units = [str(source.resolve()) for source in sources if source.suffix not in _HEADERS]
-    handle, name = tempfile.mkstemp(prefix=f"{library.stem}-", suffix=".tmp", dir=library.parent)
-    os.close(handle)
-    output = Path(name)
-    full = (*command, *units, "-o", name, *_LINK_FLAGS)
-    try:
-        done = subprocess.run(
-            full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=_environment()
+    """Compile the units side by side, and link them."""
+    units = [source.resolve() for source in sources if source.suffix not in _HEADERS]
+    with _workplace(library) as place:
+        objects = [str(place / f"{unit.stem}.o") for unit in units]
+        with ThreadPoolExecutor() as pool:
+            commands = [(*command, "-c", str(unit), "-o", o) for unit, o in zip(units, objects, strict=True)]
+            list(pool.map(_run, commands, itertools.repeat(library)))
+        _run((*command, *objects, "-o", str(place / library.name), *_LINK_FLAGS), library)
+        _publish(place / library.name, library)
+
+
+@contextmanager
+def _workplace(built: Path) -> Iterator[Path]:
+    """A folder on the same file system as ``built``, for as long as it is being made."""
+    with tempfile.TemporaryDirectory(prefix=f"{built.stem}-", suffix=".tmp", dir=built.parent) as folder:
+        yield Path(folder)
+
+
+def _run(command: tuple[str, ...], built: Path) -> None:
+    """Raises NativeError where the compiler fails, and leaves a log beside what was to be built."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=_environment()
+    )
+    if done.returncode != 0:
+        log = built.with_suffix(".log")
+        log.write_text(f"$ {shlex.join(command)}\n{done.stdout}", encoding="utf-8")
+        raise NativeError(
+            f"the C++ compiler failed with exit status {done.returncode}\n"
+            f"  command: {shlex.join(command)}\n  log: {log}\n{done.stdout[-2000:]}",
+            hint="repair the compiler, name another g++ by CXX, or set QFX_NO_JIT=1 to run without C++ loops",
         )
-        if done.returncode != 0:
-            log = library.with_suffix(".log")
-            log.write_text(f"$ {shlex.join(full)}\n{done.stdout}", encoding="utf-8")
-            raise NativeError(
-                f"the C++ compiler failed with exit status {done.returncode}\n"
-                f"  command: {shlex.join(full)}\n  log: {log}\n{done.stdout[-2000:]}",
-                hint="repair the compiler, name another g++ by CXX, or set QFX_NO_JIT=1 to run without C++ loops",
-            )
-        with output.open("ab") as file:  # a loader ignores what follows the last section
-            file.write(_seal(output.read_bytes()))
-        output.chmod(0o644)  # a cache may be filled by one user (an image's builder) and read by another
-        output.replace(library)
-        _LOG.info("compiled %s", library)
-    finally:
-        output.unlink(missing_ok=True)
+
+
+def _publish(output: Path, built: Path) -> None:
+    """Seal and rename: other processes see the whole file or none."""
+    with output.open("ab") as file:  # what follows the last section is ignored
+        file.write(_seal(output.read_bytes()))
+    output.chmod(0o644)  # a cache may be filled by one user (an image's builder) and read by another
+    output.replace(built)
+    _LOG.info("compiled %s", built)

@@ -68,6 +68,35 @@ def test_a_changed_header_or_flag_is_another_library(cache: Path, sources: tuple
 
 
 @needs_compiler
+def test_a_prelude_is_compiled_once(cache: Path, sources: tuple[Path, Path]) -> None:
+    code, header = sources
+    there = (f"-I{header.parent}",)
+    code.write_text(ANSWER.replace('#include "answer.h"', ""))  # it comes without being asked for
+    assert jit.load((code, header), flags=there, prelude=header).answer() == 42  # type: ignore[union-attr]
+    (compiled,) = cache.glob("answer-*/answer.h.gch")
+    assert jit._is_intact(compiled)
+    before = compiled.stat().st_mtime_ns
+
+    code.write_text(code.read_text().replace("ANSWER", "2 * ANSWER"))
+    command = []
+    with pytest.MonkeyPatch.context() as patched:
+        run = subprocess.run
+        patched.setattr(subprocess, "run", lambda words, **given: command.append(words) or run(words, **given))
+        assert jit.load((code, header), flags=there, prelude=header).answer() == 84  # type: ignore[union-attr]
+    assert [*cache.glob("answer-*/*")] == [compiled] and compiled.stat().st_mtime_ns == before
+    opened = run((*command[0][:-1], os.devnull, "-H"), capture_output=True, text=True, check=True).stderr
+    assert f"! {compiled}" in opened  # the mark of a precompiled header that is used, though a seal ends it
+
+    compiled.write_bytes(compiled.read_bytes()[:-100])
+    code.write_text(code.read_text().replace("2 *", "3 *"))
+    assert jit.load((code, header), flags=there, prelude=header).answer() == 126  # type: ignore[union-attr]
+    assert jit._is_intact(compiled)
+
+    assert jit.load((code, header), flags=(*there, "-DMORE"), prelude=header).answer() == 126  # type: ignore[union-attr]
+    assert len([*cache.glob("answer-*/answer.h.gch")]) == 2
+
+
+@needs_compiler
 @pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:2000] + b"?" + b[2001:]])
 def test_a_damaged_library_is_built_again(cache: Path, sources: tuple[Path, Path], damage: object) -> None:
     assert callable(damage)

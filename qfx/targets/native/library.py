@@ -34,7 +34,7 @@ def load(text: str, flags: tuple[str, ...] = ()) -> Any:
     with tempfile.TemporaryDirectory(prefix="qfx-") as folder:
         unit = Path(folder) / "native.cpp"
         unit.write_text(text, encoding="utf-8")
-        library = jit.load((unit, *headers()), flags=(f"-I{HEADERS}", *flags))
+        library = jit.load((unit, *headers()), flags=(f"-I{HEADERS}", *flags), prelude=HEADERS / "prelude.h")
     if library is None:
         raise NativeError(f"there is no compiler: {jit.unavailable()}", hint="install g++, or use target='x86'")
     return library

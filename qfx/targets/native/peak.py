@@ -53,4 +53,5 @@ def measured_peak(isa: Isa, threads: int, *, seconds: float = 0.002, rounds: int
 
 def _least(library: Any, calls: int, threads: int, rounds: int) -> float:
     """Seconds. Several rounds, since a thread that the system wakes or moves makes all wait."""
-    return min(library.qfx_peak(calls, threads) for _ in range(rounds))
+    least: float = min(library.qfx_peak(calls, threads) for _ in range(rounds))
+    return least
