@@ -171,6 +171,8 @@ class _Binned(Observer):
                 f"{type(self).__name__} observes per tensor, the spec asks for {spec.granularity}",
                 hint="use MinMax or Mse for weights and other per-channel specs",
             )
+        if bins < 2:
+            raise ConfigError(f"{type(self).__name__} counts in at least 2 bins, got {bins}", hint="leave out bins=")
         self.bins = bins
         self.low = self.width = 0.0
         self.extremes = (0.0, 0.0)
@@ -325,6 +327,8 @@ class Mse(Observer):
 
     def __init__(self, spec: QuantSpec, steps: int = 80) -> None:
         super().__init__(spec)
+        if steps < 1:
+            raise ConfigError(f"Mse tries at least 1 range, got steps={steps}", hint="leave out steps=")
         self.steps = steps
         self.batches = 0
         self.register_buffer("low", torch.zeros(0))

@@ -242,6 +242,15 @@ def test_histograms_are_per_tensor() -> None:
             factory(granular(PerAxis(0)))
 
 
+@pytest.mark.parametrize("bins", [-3, 0, 1])
+def test_too_few_bins_or_steps(bins: int) -> None:
+    for factory in (Histogram, Percentile):
+        with pytest.raises(ConfigError, match=f"{factory.__name__} counts in at least 2 bins, got {bins}"):
+            factory(AFFINE, bins=bins)
+    with pytest.raises(ConfigError, match="at least 1 range, got steps="):
+        Mse(AFFINE, steps=min(bins, 0))
+
+
 def brute_force(x: Tensor, spec: QuantSpec) -> float:
     """The smallest error over a fine grid of ranges."""
     low, high = float(x.min().clamp(max=0)), float(x.max().clamp(min=0))
