@@ -41,7 +41,7 @@ class Functionalize:
     def run(self, gm: fx.GraphModule) -> int:
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         misses: list[NoMatch] = []
-        examples: list[Any] = []  # held, so that twins of the same types and sizes have one
+        promoted: dict[str, Any] = {}  # sizes do not matter, and an example of each would take milliseconds
         count = 0
         for node in gm.graph.nodes:
             twin = plain_twin(node)
@@ -49,8 +49,10 @@ class Functionalize:
                 continue
             miss = why_visible(node, order)
             if miss is None:
-                examples.append(propagate(twin, node.args, node.kwargs))
-                miss = why_promoted(node, examples[-1])
+                kinds = f"{twin} {fx.map_arg((node.args, dict(node.kwargs)), _kind)}"
+                if kinds not in promoted:
+                    promoted[kinds] = propagate(twin, node.args, node.kwargs)
+                miss = why_promoted(node, promoted[kinds])
             if miss is None:
                 node.target = twin
                 count += 1
@@ -81,6 +83,12 @@ def why_promoted(node: fx.Node, promoted: Any) -> NoMatch | None:
     if not (isinstance(kept, torch.Tensor) and isinstance(promoted, torch.Tensor)) or kept.dtype == promoted.dtype:
         return None
     return NoMatch(f"it keeps {kept.dtype}, its plain twin gives {promoted.dtype}", node)
+
+
+def _kind(node: fx.Node) -> Any:
+    """All that a dtype is promoted by."""
+    val = value(node)
+    return (val.dtype, val.dim()) if isinstance(val, torch.Tensor) else type(val)
 
 
 def why_visible(node: fx.Node, order: dict[fx.Node, int]) -> NoMatch | None:

@@ -47,7 +47,7 @@ from qfx.node_table import (
     rows_before,
     tensor_bytes,
 )
-from qfx.noise import measure
+from qfx.noise import Noise, measure
 from qfx.pipeline import Pipeline, run_pass
 from qfx.portable import portable
 from qfx.recipe import Recipe
@@ -64,6 +64,10 @@ log = logging.getLogger(__name__)
 
 _PLAN = "_qfx_plan"
 _ROWS = 4  # of the inputs that noise is measured on
+
+
+Measure = Callable[[fx.GraphModule, tuple[Any, ...]], Noise]
+"""Measures the noise of a CALIBRATED graph on its flat inputs, as :func:`qfx.noise.measure` does."""
 
 
 class UntrainedWarning(QfxWarning):
@@ -91,6 +95,7 @@ class _Plan:
     placement: tuple[torch.device, torch.dtype] | None = None
     auto: AutoRecipe | None = None
     kept_rows: int = 0
+    measure: Measure | None = None
 
 
 def quantize(
@@ -383,6 +388,11 @@ def keep_rows(prepared: nn.Module, rows: int) -> None:
     setattr(prepared, _PLAN, dataclasses.replace(_plan(prepared), kept_rows=rows))
 
 
+def measure_noise_by(prepared: nn.Module, measure: Measure) -> None:
+    """Let conversion measure noise by ``measure``, which may look at the values meanwhile."""
+    setattr(prepared, _PLAN, dataclasses.replace(_plan(prepared), measure=measure))
+
+
 def _check_whole(plan: _Plan) -> None:
     """Refuse to search where capture had to stop at parts: scores at the outputs of each do not compare."""
     if plan.float_parts:
@@ -568,7 +578,7 @@ def _convert_graph(
     settled = agreement.record(gm, inputs, live) if check else None
     rows = rows_before(gm)
     groups = len({info(n).group for n in gm.graph.nodes} - {""})
-    noise = measure(gm, inputs)
+    noise = (plan.measure or measure)(gm, inputs)
     trim()
     hook = None if foreign else lambda *_: trim()  # give back layer by layer what nobody shares
     convert_, lower_ = behind.split(Stage.CONVERTED)

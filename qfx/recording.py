@@ -17,6 +17,7 @@ from qfx import api
 from qfx.auto_recipe import AutoRecipe, as_recipe
 from qfx.calling import flat_inputs
 from qfx.dump_model import Change, Dump, Edit, PassView, StageView
+from qfx.dump_noise import Values, measure_values
 from qfx.dump_values import with_values
 from qfx.errors import ConfigError
 from qfx.examples import Example, as_example, calibration_call
@@ -24,6 +25,7 @@ from qfx.graph_module import CapturedModule
 from qfx.meta import NODE_INFO_FIELDS, NodeInfo, graph_info, info, kept_calls
 from qfx.node_table import Report
 from qfx.node_views import Viewer, with_specs_of
+from qfx.noise import Noise
 from qfx.pipeline import Pass, Pipeline
 from qfx.portable import twin_of
 from qfx.printer import show_node
@@ -32,7 +34,7 @@ from qfx.stage import Stage, stage_of
 from qfx.targets import Target, choose
 
 ROWS = 4
-"""Of the calibration data, at least one item, on which is measured."""
+"""Of the calibration data, at least one item, that times are measured on."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Kept:
 class Recording:
     """A dump, and the modules that it was taken of: what is measured is measured on these.
 
-    ``calibrated`` and ``lowered``: graphs by path; ``inputs``: the flat inputs of each. ``steps``: the graph before the
+    ``values``: by the path of a graph, what was seen of them when it was converted. ``calibrated`` (those that nobody
+    converted) and ``lowered``: graphs by path; ``inputs``: the flat inputs of each. ``steps``: the graph before the
     first pass and behind each, where they were to be kept and the model is one graph. ``call``: what they all are fed.
     """
 
     dump: Dump
     model: nn.Module | None = None
+    values: Mapping[str, Values] = field(default_factory=dict)
     calibrated: Mapping[str, fx.GraphModule] = field(default_factory=dict)
     lowered: Mapping[str, fx.GraphModule] = field(default_factory=dict)
     inputs: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -93,6 +97,7 @@ def record(
     for gm in parts.values():
         tape.step("calibrate", Stage.CALIBRATED, gm)
     calls = {path: kept_calls(gm) for path, gm in parts.items()}
+    api.measure_noise_by(prepared, tape.measure)
     qmodel = api.convert(prepared)
     lowered = api.graphs(qmodel)
     for gm in lowered.values():
@@ -103,11 +108,11 @@ def record(
     return Recording(
         Dump(report.model, report.recipe, report.target, tape.stages(paths), tape.done(paths), report.notes, report),
         model,
-        {path: tape.calibrated or gm for path, gm in parts.items()},
-        lowered,
-        {path: found[0][0] for path, found in calls.items() if found},
-        tuple(tape.steps) if list(parts) == [""] else (),
-        calibration_call(first[0][1], as_example(example_inputs)) if first else None,
+        tape.values(paths),
+        lowered=lowered,
+        inputs={path: found[0][0] for path, found in calls.items() if found},
+        steps=tuple(tape.steps) if list(parts) == [""] else (),
+        call=calibration_call(first[0][1], as_example(example_inputs)) if first else None,
     )
 
 
@@ -215,33 +220,30 @@ Of = weakref.ref[fx.GraphModule]
 class Tape:
     """What passes did, in the order in which they ran; graphs that are gone at the end (trials of a search) drop out.
 
-    ``steps``: copies of the graph, if asked for. ``calibrated``: that which is converted, where a pass behind
-    calibration annotates anew.
+    ``steps``: copies of the graph, if asked for.
     """
 
     def __init__(self, viewer: Viewer, keep: bool = False) -> None:
         self.viewer, self.keep = viewer, keep
         self.views: list[tuple[Of, StageView]] = []
         self.passes: list[tuple[Of, PassView]] = []
+        self.seen: list[tuple[Of, Values]] = []
         self.steps: list[Kept] = []
-        self.calibrated: fx.GraphModule | None = None
         self._last: weakref.WeakKeyDictionary[fx.GraphModule, Lines] = weakref.WeakKeyDictionary()
-        self._again = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tape:
         return self
 
     def watching(self, pipeline: Pipeline) -> Pipeline:
         """The same pipeline, watched."""
-        self._again = any(p.name == "annotate-again" for p in pipeline)
         return Pipeline(tuple(_Watched(p, self) for p in pipeline))
 
     def play(self, p: Pass, gm: fx.GraphModule) -> int:
         """Run ``p`` on ``gm`` and note what it did."""
         stage = stage_of(gm)
         reached = max(stage, p.stage[1])
-        if reached > stage:
-            self._leaves(gm, stage)
+        if reached > stage and stage is not Stage.PREPARED:
+            self.look(gm, stage)
         if self.keep and not self.steps:
             self.step("capture", stage, gm)
         before, told = self._last.get(gm) or lines_of(gm), graph_info(gm).notes
@@ -257,16 +259,15 @@ class Tape:
         self.step(p.name, reached, gm)
         return count
 
-    def _leaves(self, gm: fx.GraphModule, stage: Stage) -> None:
-        """Look at a graph that is about to leave ``stage``."""
-        if stage is not Stage.PREPARED:
-            self.look(gm, stage)
-        if stage is Stage.CALIBRATED and self._again:
-            self.calibrated = twin_of(cast(CapturedModule, gm))
-
     def look(self, gm: fx.GraphModule, stage: Stage) -> None:
         """View the graph as it is."""
         self.views.append((weakref.ref(gm), self.viewer.view(gm, stage)))
+
+    def measure(self, gm: fx.GraphModule, inputs: tuple[Any, ...]) -> Noise:
+        """Measure the noise of a graph that is about to be converted, and note what is seen of its values."""
+        noise, values = measure_values(gm, inputs)
+        self.seen.append((weakref.ref(gm), values))
+        return noise
 
     def step(self, name: str, stage: Stage, gm: fx.GraphModule) -> None:
         """Keep a copy, if asked to."""
@@ -285,8 +286,12 @@ class Tape:
         """What the passes did to those graphs."""
         return tuple(replace(v, graph=path) for v, path in _named(self.passes, paths))
 
+    def values(self, paths: Mapping[int, str]) -> dict[str, Values]:
+        """What was seen of the values of those graphs."""
+        return {path: values for values, path in _named(self.seen, paths)}
 
-View = TypeVar("View", StageView, PassView)
+
+View = TypeVar("View", StageView, PassView, Values)
 
 
 def _named(seen: Iterable[tuple[Of, View]], paths: Mapping[int, str]) -> Iterator[tuple[View, str]]:

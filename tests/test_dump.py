@@ -22,8 +22,9 @@ from qfx.artifact import load, save
 from qfx.dump_bisect import bisect
 from qfx.dump_diff import differences, successors
 from qfx.dump_formats import FORMATS, Shown
-from qfx.dump_measures import BINS, histograms_of, measured
+from qfx.dump_measures import measured
 from qfx.dump_model import Dump, Edit, Histogram, Integers, NodeView, plain, shown_db
+from qfx.dump_noise import BINS, histograms_of
 from qfx.dump_why import explain, in_layer
 from qfx.operators import name_of
 from qfx.printer import show
@@ -461,6 +462,14 @@ def test_noise_is_that_of_the_report(taken: Dump) -> None:
         assert node(taken, "calibrated", row.name).sqnr_db == pytest.approx(row.sqnr_db, abs=1e-6)
     assert node(taken, "captured", "conv2d").sqnr_db is None, "its batch norm is not in it yet"
     assert node(taken, "lowered", "conv2d_leaf").sqnr_db == node(taken, "fused", "relu").sqnr_db
+
+
+def test_noise_is_that_of_the_report_on_several_items() -> None:
+    recording = record(small(), X, target="reference", calibration=[X, 0.25 * X + 0.1])
+    dump = measured(recording)
+    assert dump.report is not None
+    for row in dump.report.rows:
+        assert node(dump, "calibrated", row.name).sqnr_db == row.sqnr_db
 
 
 def test_histograms_before_and_after(taken: Dump) -> None:

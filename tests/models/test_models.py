@@ -320,6 +320,16 @@ def test_settling_needs_two_examples() -> None:
         settle_batch_norm(WithDropout(), torch.zeros(1, 3), batch_size=1)
 
 
+@pytest.mark.parametrize(("size", "rows"), [(8, 16), (256, 8), (512, 4)])
+def test_settling_takes_fewer_examples_of_large_inputs(size: int, rows: int) -> None:
+    seen: list[Tensor] = []
+    model = nn.BatchNorm2d(1)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    settle_batch_norm(model, torch.zeros(1, 1, size, size))
+    assert [len(x) for x in seen] == [rows]
+    assert torch.equal(seen[0], torch.randn(rows, 1, size, size, generator=torch.Generator().manual_seed(0)))
+
+
 def test_settling_leaves_a_model_without_batch_norm_alone() -> None:
     model = nn.Linear(2, 2)
     weight = model.weight.clone()

@@ -136,6 +136,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "dump_formats",
         "dump_measures",
         "dump_model",
+        "dump_noise",
         "dump_page",
         "dump_passes",
         "dump_values",
