@@ -63,9 +63,15 @@ struct Quantized {
   float low, high;  // less the zero point
   template <class Lanes>
   QFX_F32 void store(Vec y, int64_t at, Lanes lanes) const {
+    f32::store_bytes(data + at, rounded(y), lanes);
+  }
+  QFX_F32 void store(Vec a, Vec b, int64_t at) const { f32::store_bytes(data + at, rounded(a), rounded(b)); }
+
+ private:
+  QFX_F32 IntVec rounded(Vec y) const {
     constexpr float kWhole = 12582912.0f;
     const Vec v = f32::min(f32::max(y * inverse, f32::all(low)), f32::all(high)) + kWhole;
-    f32::store_bytes(data + at, f32::bits(v) - (f32::bits(f32::all(kWhole)) - zero_point), lanes);
+    return f32::bits(v) - (f32::bits(f32::all(kWhole)) - zero_point);
   }
 };
 
@@ -74,6 +80,10 @@ struct Floats {
   template <class Lanes>
   QFX_F32 void store(Vec y, int64_t at, Lanes lanes) const {
     f32::store(data + at, y, lanes);
+  }
+  QFX_F32 void store(Vec a, Vec b, int64_t at) const {
+    f32::store(data + at, a);
+    f32::store(data + at + f32::kLanes, b);
   }
 };
 
@@ -91,23 +101,34 @@ struct Epilogue {
   // N sums of one position, of which `valid` are channels.
   template <int N>
   QFX_F32 void run(const int32_t* sums, int padded, int channel, int valid, int64_t out_at, int64_t other_at) const {
+    constexpr int kLanes = f32::kLanes;
+    out_at += channel;
+    other_at += channel;
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j += f32::kLanes) {
-      if (j + f32::kLanes <= valid) {
-        piece(sums + j, padded + j, out_at + channel + j, other_at + channel + j, Whole{});
-      } else if (j < valid) {
-        piece(sums + j, padded + j, out_at + channel + j, other_at + channel + j, First{valid - j});
+    for (int j = 0; j < N; j += 2 * kLanes) {
+      if (j + kLanes < N && j + 2 * kLanes <= valid) {
+        out.store(value(sums + j, padded + j, other_at + j, Whole{}),
+                  value(sums + j + kLanes, padded + j + kLanes, other_at + j + kLanes, Whole{}), out_at + j);
+        continue;
+      }
+#pragma GCC unroll 2
+      for (int k = j; k < N && k < j + 2 * kLanes; k += kLanes) {
+        if (k + kLanes <= valid) {
+          out.store(value(sums + k, padded + k, other_at + k, Whole{}), out_at + k, Whole{});
+        } else if (k < valid) {
+          const First lanes{valid - k};
+          out.store(value(sums + k, padded + k, other_at + k, lanes), out_at + k, lanes);
+        }
       }
     }
   }
 
  private:
   template <class Lanes>
-  QFX_F32 void piece(const int32_t* sums, int padded, int64_t out_at, int64_t other_at, Lanes lanes) const {
+  QFX_F32 Vec value(const int32_t* sums, int padded, int64_t other_at, Lanes lanes) const {
     Vec y = __builtin_convertvector(load_ints(sums) + load_ints(bias + padded), Vec) * f32::load(scale + padded);
     if (shift != nullptr) y = y + f32::load(shift + padded);
-    y = activation(other.add(y, other_at, lanes));
-    out.store(y, out_at, lanes);
+    return activation(other.add(y, other_at, lanes));
   }
 };
 

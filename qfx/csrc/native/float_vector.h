@@ -132,6 +132,13 @@ QFX_F32 void store_bytes(T* p, IntVec a, IntVec b, IntVec c, IntVec d) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(saturated(ab, cd, p), order));
 }
 template <class T>
+QFX_F32 void store_bytes(T* p, IntVec a, IntVec b) {
+  const __m256i words = _mm256_packs_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(saturated(words, words, p), order);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(bytes));
+}
+template <class T>
 QFX_F32 void store_bytes(T* p, IntVec v) {
   const __m256i wide = reinterpret_cast<__m256i>(v);
   const __m256i words = _mm256_packs_epi32(wide, _mm256_castsi128_si256(_mm256_extracti128_si256(wide, 1)));
@@ -207,11 +214,14 @@ QFX_F32 IntVec load_bytes(const int8_t* p) {
 
 #if QFX_F32_LANES != 8
 template <class T>
-QFX_F32 void store_bytes(T* p, IntVec a, IntVec b, IntVec c, IntVec d) {
+QFX_F32 void store_bytes(T* p, IntVec a, IntVec b) {
   store_bytes(p, a);
   store_bytes(p + kLanes, b);
-  store_bytes(p + 2 * kLanes, c);
-  store_bytes(p + 3 * kLanes, d);
+}
+template <class T>
+QFX_F32 void store_bytes(T* p, IntVec a, IntVec b, IntVec c, IntVec d) {
+  store_bytes(p, a, b);
+  store_bytes(p + 2 * kLanes, c, d);
 }
 #endif
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,17 +53,18 @@ def pack_winograd(weight: Tensor, isa: Isa) -> Tensor:
     return tiles.transpose(2, 3).contiguous()
 
 
-def pack_depthwise(weight: Tensor) -> Tensor:
-    """Weights for ``depthwise.h``: int16 ``[blocks, taps / 2, 16, 2]``, an odd number of taps filled with a zero.
+def pack_depthwise(weight: Tensor, taps: Sequence[int | None]) -> Tensor:
+    """Weights for ``depthwise.h``: int16 ``[blocks, taps / 2, 16, 2]``.
 
     Of 16 channels, 4 to 7 and 8 to 11 change places: so does interleaving two vectors of 256 bits.
 
-    ``weight``: int8 ``[C, 1, kh, kw]``.
+    ``weight``: int8 ``[C, 1, kh, kw]``; ``taps``: an even number of places in ``kh * kw``, None for a zero.
     """
     by_channel = weight.flatten(1).to(torch.int16)
-    channels, taps = by_channel.shape
-    filled = torch.nn.functional.pad(by_channel, (0, taps % 2, 0, -channels % DEPTHWISE))
-    blocks: Tensor = filled.reshape(-1, DEPTHWISE, (taps + 1) // 2, 2).unflatten(1, (2, 2, 4))
+    channels, none = by_channel.shape
+    filled = torch.nn.functional.pad(by_channel, (0, 1, 0, -channels % DEPTHWISE))
+    ordered = filled[:, [none if tap is None else tap for tap in taps]]
+    blocks: Tensor = ordered.reshape(-1, DEPTHWISE, len(taps) // 2, 2).unflatten(1, (2, 2, 4))
     return blocks.transpose(1, 2).flatten(1, 3).transpose(1, 2).contiguous()
 
 
