@@ -8,6 +8,7 @@ from torch import fx
 
 from qfx.meta import info
 from qfx.node_table import Report
+from qfx.targets.native.declined import Declined
 from qfx.targets.native.inlined import regions_of
 from qfx.targets.native.region import NativeRegion
 
@@ -22,11 +23,15 @@ def as_it_runs(report: Report, gm: fx.GraphModule) -> Report:
 
 
 def native_kernels(region: NativeRegion) -> dict[str, str]:
-    """By the names of the float model's operators, what computes them in the region's first program, if it has one."""
-    if not region.programs:
+    """By the names of the float model's operators, what computes them in the region's first program, or in those of the
+    parts that it was cut into; nothing of what runs as the lowered graph does."""
+    made = next((made for made in region.outcomes if not isinstance(made, Declined) or made.parts), None)
+    if made is None:
         return {}
+    if isinstance(made, Declined):
+        return {name: kernel for part in made.parts for name, kernel in native_kernels(part).items()}
     steps: dict[str, list[str]] = {}
-    for step in region.programs[0].steps:
+    for step in made.steps:
         steps.setdefault(step.source, []).append(step.kernel)
     nodes = [node for node in region.graph.graph.nodes if node.op.startswith("call")]
     said = {node: f"native {', '.join(dict.fromkeys(steps.get(node.name, ())))}".rstrip() for node in nodes}

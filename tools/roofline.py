@@ -16,6 +16,7 @@ from qfx.targets.native.inlined import inlined, regions_of
 from qfx.targets.native.isa import find
 from qfx.targets.native.peak import measured_peak
 from qfx.targets.native.region import NativeRegion
+from qfx.targets.native.running import programs_of
 from qfx.tools.bench_calls import call
 from qfx.tools.latency_subject import subject
 
@@ -40,15 +41,13 @@ def step_times(model: fx.GraphModule, example: Any) -> list[StepTime]:
     regions = set(regions_of(model).values())
 
     def note(region: NativeRegion, inputs: tuple[Tensor, ...]) -> None:
-        program = region.program(*inputs)
-        if program is None:
-            return
-        given = [x.contiguous() for x in inputs]
-        runs = [program.profile(*given) for _ in range(RUNS)]
-        for i, step in enumerate(program.steps):
-            seconds = min(run[i] for run in runs) * 1e-9
-            layer = layers.get(step.source, step.source)
-            found.append(StepTime(layer, step.kernel, seconds, step.macs * len(given[0])))
+        for _, program, called in programs_of(region, inputs):
+            given = [x.contiguous() for x in called]
+            runs = [program.profile(*given) for _ in range(RUNS)]
+            for i, step in enumerate(program.steps):
+                seconds = min(run[i] for run in runs) * 1e-9
+                layer = layers.get(step.source, step.source)
+                found.append(StepTime(layer, step.kernel, seconds, step.macs * len(given[0])))
 
     hooks = [region.register_forward_pre_hook(note) for region in regions]
     try:

@@ -26,6 +26,7 @@ CASES = {
     "products": ("test_products.py", ""),
     "elementwise": ("test_native_elementwise.py", ""),
     "models": ("test_native_models.py", "our_own"),
+    "windows": ("test_windows.py", "operators or swin"),
 }
 
 

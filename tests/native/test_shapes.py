@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qfx.targets.native.not_native import NotNative
-from qfx.targets.native.shapes import SEVERAL, sizes_of
+from qfx.targets.native.shapes import SEVERAL, rows_of_samples, sizes_of
 from qfx.targets.native.views import BATCH
 
 aten = torch.ops.aten
@@ -80,8 +80,55 @@ def test_rows_of_all_samples_in_one_dimension() -> None:
     gm = graph_of((aten.view.default, "x", [-1, 6]), (aten.sym_size.int, "0", 0), (aten.view.default, "0", [-1, 4, 6]))
     found = sizes_of(gm, (X, Y))
     rows, count, back, _ = list(gm.graph.nodes)[2:]
-    assert found.joined == {rows} and found.of[count] == SEVERAL
+    assert found.joined == {rows: 0} and found.of[count] == SEVERAL
     assert found.of[rows] == found.of[back] == (BATCH, 4, 6)
+
+
+def test_rows_of_all_samples_in_another_dimension() -> None:
+    gm = graph_of(
+        (aten.view.default, "x", [-1, 6]),
+        (aten.view.default, "0", [-1, 2, 3]),
+        (aten.permute.default, "1", [1, 0, 2]),
+        (aten.select.int, "2", 0, 1),
+    )
+    found = sizes_of(gm, (X, Y))
+    x, _, _, parts, turned, one, _ = gm.graph.nodes
+    assert [found.of[n] for n in (parts, turned, one)] == [(BATCH, 4, 2, 3), (2, BATCH, 4, 3), (BATCH, 4, 3)]
+    assert [found.joined.get(n) for n in (x, parts, turned, one)] == [None, 0, 1, 0]
+    assert found.axes(x) == ((0,), (1,), (2,))
+    assert found.axes(parts) == ((0, 1), (2,), (3,)) and found.axes(turned) == ((0,), (1, 2), (3,))
+
+
+def test_all_nodes_that_mix_with_the_batch_are_named() -> None:
+    gm = graph_of((aten.slice.Tensor, "x", 0, 1, 99), (aten.relu.default, "0"), (aten.relu.default, "x"))
+    with pytest.raises(NotNative, match="slice") as caught:
+        sizes_of(gm, (X, Y))
+    assert [node.name for node in caught.value.nodes] == ["slice_tensor", "relu_default"]
+
+
+def test_the_node_that_does_not_run_with_other_batches_is_named() -> None:
+    gm = graph_of((aten.relu.default, "x"), (aten.view.default, "0", [7, 24]))
+    with pytest.raises(NotNative, match="does not run with other batches") as caught:
+        sizes_of(gm, (X, Y))
+    assert [node.name for node in caught.value.nodes] == ["view_default"]
+
+
+@pytest.mark.parametrize(
+    ("found", "rows"),
+    [
+        (((2, 5), (3, 5), (1009, 5)), 1),
+        (((8, 5), (12, 5), (4036, 5)), 4),
+        (((5, 2), (5, 3), (5, 1009)), None),
+        (((2, 2), (3, 3), (1009, 1009)), None),
+        (((5, 6), (5, 6), (5, 6)), None),
+        (((3, 6), (4, 6), (1010, 6)), None),
+        (((), (), ()), None),
+        ((2, 3, 1009), None),
+        ((((2, 5),), ((3, 5),), ((1009, 5),)), None),
+    ],
+)
+def test_rows_of_a_sample(found: tuple[object, ...], rows: int | None) -> None:
+    assert rows_of_samples(found) == rows
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ ROWS = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 def graph_of(model: nn.Module, *example: Tensor, recipe: str = "int8") -> fx.GraphModule:
     """The graph of a region that has not been compiled."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(NativeRegion, "_outcome", lambda self, inputs: making.Declined("not in this test"))
+        patched.setattr(NativeRegion, "outcome", lambda self, *inputs: making.Declined("not in this test"))
         return region_of(native(model, *example, recipe=recipe)).graph
 
 

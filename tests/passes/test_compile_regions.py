@@ -31,7 +31,7 @@ ROWS, IMAGES = torch.randn(4, 5, 6), torch.randn(4, 3, 8, 8)
 @pytest.fixture(autouse=True)
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regions run as their graphs do: the numbers are then to be those of x86 exactly, and no test waits for g++."""
-    monkeypatch.setattr(NativeRegion, "_outcome", lambda self, inputs: Declined("not in this test"))
+    monkeypatch.setattr(NativeRegion, "outcome", lambda self, *inputs: Declined("not in this test"))
 
 
 def lowered(model: nn.Module, *example: Tensor, target: str = "native", recipe: Any = "int8") -> fx.GraphModule:
@@ -330,12 +330,12 @@ def test_views_outside_do_not_ask_for_strides(net: Net, monkeypatch: pytest.Monk
     model = net(lambda s, x: s.a(x).transpose(1, 2).sin().transpose(1, 2).view(-1, 30).cumsum(1), **linears("a"))
     gm = lowered(model, ROWS)
 
-    def contiguous(self: NativeRegion, inputs: tuple[Tensor, ...]) -> Declined:
+    def contiguous(self: NativeRegion, *inputs: Tensor) -> Declined:
         return Declined("not in this test", lambda *x: self.graph(*x).contiguous())
 
     with torch.no_grad():
         want = gm(ROWS)
-        monkeypatch.setattr(NativeRegion, "_outcome", contiguous)
+        monkeypatch.setattr(NativeRegion, "outcome", contiguous)
         assert torch.equal(gm(ROWS), want)
 
 

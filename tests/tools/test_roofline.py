@@ -130,7 +130,7 @@ def test_where_nothing_is_multiplied_there_is_no_share(model: fx.GraphModule, na
 def test_of_a_reference_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized for native, and called on as many rows of data that were not seen before."""
     monkeypatch.setattr(latency_subject, "MODELS", {"two": lambda: (Two().eval(), (X[:1],))})
-    monkeypatch.setattr(NativeRegion, "_outcome", lambda self, inputs: Declined("not in this test"))
+    monkeypatch.setattr(NativeRegion, "outcome", lambda self, *inputs: Declined("not in this test"))
     shown: list[tuple[fx.GraphModule, Any]] = []
     monkeypatch.setattr(roofline, "roofline", lambda model, example: shown.append((model, example)) or "the table")
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx.targets.native.region import NativeRegion
+from qfx.targets.native.running import programs_of
 from qfx.targets.reference import AnchorLeaf, PointLeaf
 
 
@@ -26,17 +27,17 @@ class Disagreement:
 
 
 def compare(region: NativeRegion, inputs: tuple[Tensor, ...], *, exact: bool = False) -> list[Disagreement]:
-    """Every node of the region; empty where it runs as the lowered graph does.
+    """Every node of the region's programs; empty where it runs as the lowered graph does.
 
     ``exact``: leaves compute as ``reference`` does.
     """
-    program = region.program(*inputs)
-    if program is None:
-        return []
-    runner = _Forced(region.graph, program.probe(*(x.contiguous() for x in inputs)), exact)
-    with torch.no_grad():
-        runner.run(*inputs)
-    return runner.found
+    found: list[Disagreement] = []
+    for part, program, given in programs_of(region, inputs):
+        runner = _Forced(part.graph, program.probe(*(x.contiguous() for x in given)), exact)
+        with torch.no_grad():
+            runner.run(*given)
+        found += runner.found
+    return found
 
 
 class _Forced(fx.Interpreter):

@@ -50,7 +50,7 @@ class Compiled:
     _constants: Tensor
     _tables: tuple[Tensor, ...]
     _outputs: tuple[View, ...]
-    _joined: tuple[bool, ...]
+    _joined: tuple[int | None, ...]
     _plan: Offsets
     _apart: Offsets
     _memory: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
@@ -117,7 +117,10 @@ class Compiled:
 
     def _given(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Outputs with as many dimensions as the graph gives them."""
-        return tuple(y.flatten(0, 1) if joined else y for y, joined in zip(outputs, self._joined, strict=True))
+        return tuple(
+            y if joined is None else y.flatten(joined, joined + 1)
+            for y, joined in zip(outputs, self._joined, strict=True)
+        )
 
     def _take(self, samples: int, threads: int) -> Memory:
         """Memory for one run: what an earlier one left, where it fits. Lists pop and append atomically."""
@@ -189,7 +192,7 @@ def build(
     plans = [_offsets(*plan) for plan in (program.plan(), program.apart())]
     constants, tables = program.constants(), tuple(program.tables)
     steps = tuple(program.steps)
-    joined = tuple(node in emitter.sizes.joined for node in gm.graph.output_node().all_input_nodes)
+    joined = tuple(emitter.sizes.joined.get(node) for node in gm.graph.output_node().all_input_nodes)
     return Compiled(
         steps, text, values, library, constants, tables, outputs, joined, _plan=plans[0], _apart=plans[1]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qfx.targets.native.images import border_fill
@@ -64,6 +65,23 @@ def dense_of(emitter: Emitter, view: View, source: str) -> View:
     made = emitter.program.tensor(view.element, view.sizes)
     copy(emitter.program, view, made, source)
     return made
+
+
+def samples_of(emitter: Emitter, view: View, inner: int, source: str) -> View:
+    """``view`` as ``[BATCH, ...]`` with ``inner`` dimensions behind the first: all that is before them makes samples of
+    their own, one behind the other. Copied if need be."""
+    count, sizes = math.prod(view.sizes[1:-inner]), view.sizes[-inner:]
+    if not view.batched:
+        view = dense_of(emitter, view, source)
+    if count == 1:
+        strides = (view.strides[0], *view.strides[-inner:])
+        return replace(view, sizes=(BATCH, *sizes), strides=strides, border=Border())
+    flat = view.reshape((BATCH, count, *sizes))
+    if flat is None or flat.strides[0] != count * flat.strides[1]:
+        flat = dense_of(emitter, view, source).reshape((BATCH, count, *sizes))
+    if flat is None:
+        raise NotNative(f"{source} reads nothing")
+    return replace(flat, sizes=(BATCH, *sizes), strides=flat.strides[1:], border=Border())
 
 
 def rows_of(emitter: Emitter, view: View, source: str) -> View:

@@ -32,7 +32,7 @@ def emit_quantize(emitter: Emitter, node: fx.Node) -> None:
     assert isinstance(low, int) and isinstance(high, int) and isinstance(dtype, torch.dtype)
     inverse = float(torch.reciprocal(scale.float()))
     to = f"f32::QuantizeTo{{{', '.join(number(v) for v in (inverse, float(zero_point), float(low), float(high)))}}}"
-    if len(x.sizes) == 4 and x.batched and _is_image(emitter, node):
+    if len(x.sizes) == value(node).ndim == 4 and x.batched and _is_image(emitter, node):
         if not x.contiguous:
             x = dense_of(emitter, x, str(node))
         emitter.program.headers.add("quantize.h")

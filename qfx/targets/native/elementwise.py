@@ -200,7 +200,8 @@ def _batch_norm(emitter: Emitter, node: fx.Node) -> None:
     sizes = emitter.size(node)
     order = _order(emitter, node, [x])
     given = dense_of(emitter, order.of(_expanded(x, sizes, node)), str(node))
-    by_channel = (1, -1, *[1] * (len(sizes) - 2))
+    channels = emitter.axis(node, 1)
+    by_channel = [-1 if i == channels else 1 for i in range(len(sizes))]
     rows = [_repeated(values.float().reshape(by_channel), order, node) for values in (scale, shift)]
     out, made = result(emitter, node, _make(emitter, node, order))
     emitter.program.headers.add("elementwise.h")
@@ -216,6 +217,6 @@ _FUNCTION = Operator(_function_refusal, _activation, by_row=True)
 ELEMENTWISE: dict[str, Operator] = {
     **dict.fromkeys(_BINARY, _ARITHMETIC),
     **dict.fromkeys(_ACTIVATIONS, _FUNCTION),
-    "batch_norm": Operator(_batch_norm_refusal, _batch_norm),
+    "batch_norm": Operator(_batch_norm_refusal, _batch_norm, by_row=True),
 }
 """By their ATen names."""

@@ -14,7 +14,7 @@ from qfx.targets.native.choice import Choice, Vary
 from qfx.targets.native.copies import copy
 from qfx.targets.native.isa import Isa
 from qfx.targets.native.join_places import place_in_join
-from qfx.targets.native.not_native import NotNative
+from qfx.targets.native.not_native import NotNative, writing
 from qfx.targets.native.program import ELEMENTS, Program, Step
 from qfx.targets.native.shapes import Sizes
 from qfx.targets.native.views import BATCH, Border, Element, View
@@ -28,7 +28,8 @@ class Operator:
     """How an operator gets into a program.
 
     ``refusal``: why a node has no native form, or None. ``needs``: the borders that it reads around its inputs.
-    ``by_row``: it may have dimensions put in front, for it counts none from the first.
+    ``by_row``: it knows of rows of all samples in one dimension (:attr:`Sizes.joined`): it counts no dimension from the
+    first, or finds it by :meth:`Sizes.axes`.
     """
 
     refusal: Callable[[fx.GraphModule, fx.Node], str | None]
@@ -92,6 +93,14 @@ class Emitter:
         assert isinstance(found, tuple)
         return found
 
+    def axis(self, node: fx.Node, dim: int) -> int:
+        """The dimension of a view that is ``dim`` of the value of ``node``."""
+        axes = self.sizes.axes(node)
+        found = axes[dim % len(axes)]
+        if len(found) > 1:
+            raise NotNative(f"dimension {dim} of {node} holds the rows of all samples")
+        return found[0]
+
     def module(self, node: fx.Node) -> Any:
         return self.gm.get_submodule(str(node.target))
 
@@ -129,6 +138,7 @@ class Emitter:
                     self.borders[source] = self.border(source) | border
         constants = [node for node in nodes if node.op == "get_attr"]
         self.values |= {node: get_tensor(self.gm, str(node.target)).detach() for node in constants}
+        self._refuse_joined(nodes)
         for node in nodes:
             if node.op == "get_attr":
                 continue
@@ -138,11 +148,19 @@ class Emitter:
                 outputs = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
                 return self._outputs(outputs)
             elif not self._folded(node):
-                operator = self.operators(self.gm, node)
-                if not operator.by_row and not self.sizes.joined.isdisjoint((node, *node.all_input_nodes)):
-                    raise NotNative(f"{node} has the rows of all samples in one dimension")
-                operator.emit(self, node)
+                with writing(node):
+                    self.operators(self.gm, node).emit(self, node)
         raise AssertionError("a graph has an output")
+
+    def _refuse_joined(self, nodes: Sequence[fx.Node]) -> None:
+        """Decline all nodes at once whose operators do not know of rows of all samples in one dimension."""
+        joined = self.sizes.joined
+        calls = [n for n in nodes if n.op.startswith("call") and any(one in joined for one in (n, *n.all_input_nodes))]
+        declined = [n for n in calls if isinstance(self.sizes.of[n], tuple) and not self.operators(self.gm, n).by_row]
+        if declined:
+            error = NotNative(f"{declined[0]} has the rows of all samples in one dimension")
+            error.nodes = tuple(declined)
+            raise error
 
     def _folded(self, node: fx.Node) -> bool:
         """Compute what needs no input now: sizes, and functions of them and of parameters."""
@@ -173,11 +191,13 @@ class Emitter:
         """The views of the outputs, copied where one is not whole in an output buffer, or has the buffer of another."""
         made: list[View] = []
         for node in nodes:
-            view = self.view(node)
+            with writing(node):
+                view = self.view(node)
             taken = [other.buffer for other in made]
             if view.buffer.place != "output" or not view.contiguous or view.buffer in taken:
                 source, view = view, self.program.tensor(view.element, view.sizes, "output")
-                copy(self.program, source, view, str(node))
+                with writing(node):
+                    copy(self.program, source, view, str(node))
             made.append(view)
         return tuple(made)
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from qfx.meta import value
 from qfx.operators import argument, is_constant, name_of
 from qfx.ops import quantize
-from qfx.targets.native.copies import dense_of
+from qfx.targets.native.copies import dense_of, samples_of
 from qfx.targets.native.crossings import quantize_refusal
 from qfx.targets.native.emitter import Emitter, Operator
 from qfx.targets.native.epilogues import number
@@ -86,8 +86,8 @@ def natural(emitter: Emitter, node: fx.Node) -> Callable[[Element], View]:
 
 
 def dense(emitter: Emitter, node: Any, what: fx.Node) -> View:
-    """The value of ``node`` as floats in the natural order, copied if need be."""
-    view = emitter.view(node)
+    """A view, or the value of ``node``, as floats in the natural order, copied if need be."""
+    view = node if isinstance(node, View) else emitter.view(node)
     if view.element != "float":
         raise NotNative(f"{what} reads {view.element}")
     if 0 in view.sizes:
@@ -108,7 +108,9 @@ def float_refusal(gm: fx.GraphModule, node: fx.Node, *others: fx.Node) -> str | 
 
 def _norm_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     shape: Any = node.args[1]
-    return float_refusal(gm, node) or (None if len(shape) == 1 else "natively, norms are over the last dimension")
+    if len(shape) > 1 or value(node).ndim < 2:
+        return "natively, norms are over the last dimension, not the batch"
+    return float_refusal(gm, node)
 
 
 def _norm(emitter: Emitter, node: fx.Node) -> None:
@@ -143,29 +145,35 @@ def _attention_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     mask = argument(node, 3, "attn_mask")
     if argument(node, 4, "dropout_p", 0.0):
         return "native attention takes no dropout"
-    if mask is not None and (value(mask).dtype not in (torch.float32, torch.bool) or value(mask).ndim != 4):
-        return "native attention takes masks of float32 or bool, [batch, heads, queries, keys]"
-    if query.ndim != 4 or key.ndim != 4:
-        return "native attention takes [batch, heads, tokens, features]"
-    if query.shape[1] != key.shape[1]:
+    if mask is not None and value(mask).dtype not in (torch.float32, torch.bool):
+        return "native attention takes masks of float32 or bool"
+    if query.ndim < 4 or query.ndim != key.ndim:
+        return "native attention takes [batch, ..., heads, tokens, features]"
+    if query.shape[:-2] != key.shape[:-2]:
         return "native attention takes as many heads of keys as of queries"
     return float_refusal(gm, node, *([mask] if mask is not None and value(mask).dtype == torch.bool else []))
 
 
 def _attention(emitter: Emitter, node: fx.Node) -> None:
-    views = [_heads(emitter, emitter.view(n), node) for n in node.args[:3]]
-    q, k, v = views
-    _, heads, q_len, head_dim = q.sizes
-    value_dim, kv_len = v.sizes[3], k.sizes[2]
+    *outer, heads, q_len, value_dim = emitter.size(node)
+    samples = numel(tuple(outer))
+
+    def one_batch(view: View) -> View:
+        return samples_of(emitter, view, 3, str(node))
+
+    views = [one_batch(_heads(emitter, emitter.view(n), node)) for n in node.args[:3]]
+    head_dim, kv_len = views[0].sizes[3], views[1].sizes[2]
     causal = bool(argument(node, 5, "is_causal", False))
     given: Any = node.kwargs.get("scale")
     scale = 1 / math.sqrt(head_dim) if given is None else float(given)
 
     def by_token(element: Element) -> View:
-        return emitter.program.tensor(element, (BATCH, q_len, heads, value_dim)).permute((0, 2, 1, 3))
+        tensor = emitter.program.tensor(element, (*outer, q_len, heads, value_dim))
+        return tensor.permute((*range(len(outer)), *(len(outer) + i for i in (1, 0, 2))))
 
     out, made = result(emitter, node, by_token)
-    strides = ", ".join(f"{{{view.strides[0]}, {view.strides[1]}, {view.strides[2]}}}" for view in (*views, made[0]))
+    walked = (*views, one_batch(made[0]))
+    strides = ", ".join(f"{{{view.strides[0]}, {view.strides[1]}, {view.strides[2]}}}" for view in walked)
 
     added, reads = _mask(emitter, argument(node, 3, "attn_mask"), node, kv_len)
 
@@ -176,9 +184,10 @@ def _attention(emitter: Emitter, node: fx.Node) -> None:
 
     emitter.program.headers.add("attention.h")
     pointers = ", ".join(pointer(view.buffer, view.offset) for view in views)
-    call = f"f32::attention(team, {pointers}, {out}, {shape('n', added)}, reinterpret_cast<float*>(scratches));"
+    whole = shape(f"n * {samples}", added)
+    call = f"f32::attention(team, {pointers}, {out}, {whole}, reinterpret_cast<float*>(scratches));"
     scratch = f"f32::AttentionScratch({shape('1', 'nullptr, 0, 0, 0')}).size * 4 + 64"
-    macs = heads * q_len * kv_len * (head_dim + value_dim)
+    macs = samples * heads * q_len * kv_len * (head_dim + value_dim)
     emitter.step(call, [*views, *reads], made, node, "attention", scratch=scratch, macs=macs)
 
 
@@ -192,11 +201,16 @@ def _mask(emitter: Emitter, mask: Any, node: fx.Node, keys: int) -> tuple[str, l
     view = emitter.program.constant_view(known) if isinstance(known, Tensor) else emitter.view(mask)
     if view.element == "bool":
         view = _additive(emitter, view, node)
-    if view.sizes[3] != keys or view.strides[3] != 1:
+    if view.sizes[-1] != keys or view.strides[-1] != 1:
         raise NotNative(f"{node} adds a mask that is the same for all keys, or not adjacent")
-    repeats = [size == 1 for size in view.sizes[:3]]
-    strides = [0 if repeat else stride for repeat, stride in zip(repeats, view.strides, strict=False)]
-    return f"{pointer(view.buffer, view.offset)}, {', '.join(map(str, strides))}", [view]
+    *outer, heads, queries, _ = emitter.size(node)
+    if BATCH in view.sizes[1:] or (view.batched and len(view.sizes) < len(outer) + 3):
+        raise NotNative(f"{node} adds a mask with samples in another dimension")
+    whole = view.expand((*outer, heads, queries, keys))
+    if any(whole.strides[: len(outer)]):
+        whole = samples_of(emitter, whole, 3, str(node))
+    sample, head, query, _ = whole.strides[-4:]
+    return f"{pointer(whole.buffer, whole.offset)}, {sample}, {head}, {query}", [whole]
 
 
 def _additive(emitter: Emitter, keep: View, node: fx.Node) -> View:
@@ -214,7 +228,7 @@ def _additive(emitter: Emitter, keep: View, node: fx.Node) -> View:
 
 def _heads(emitter: Emitter, view: View, node: fx.Node) -> View:
     """A view whose features lie side by side."""
-    beside = view.batched and view.strides[3] == 1
+    beside = view.batched and view.strides[-1] == 1
     return view if beside else dense_of(emitter, view, str(node))
 
 
@@ -243,17 +257,23 @@ def _softmax(emitter: Emitter, node: fx.Node) -> None:
 
 def _mean_refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     dims: Any = argument(node, 1, "dim")
-    last = value(node.args[0]).ndim - 1  # type: ignore[arg-type]
-    if dims is None or [*dims] not in ([-1], [last]) or last == 0:
-        return "natively, means of floats are over the last dimension"
+    count = value(node.args[0]).ndim  # type: ignore[arg-type]
+    if not dims or 0 in {dim % count for dim in dims}:
+        return "natively, means of floats are of each sample"
     return float_refusal(gm, node)
 
 
 def _mean(emitter: Emitter, node: fx.Node) -> None:
-    x = dense(emitter, node.args[0], node)
+    """Over dimensions that lie side by side behind all others, where they are copied to if need be."""
+    source, dims = node.args[0], argument(node, 1, "dim")
+    assert isinstance(source, fx.Node)
+    given = emitter.view(source)
+    over = sorted(emitter.axis(source, dim) for dim in dims)
+    kept = [axis for axis in range(len(given.sizes)) if axis not in over]
+    x = dense(emitter, given.permute((*kept, *over)), node)
     out, made = result(emitter, node, natural(emitter, node))
     emitter.program.headers.add("elementwise.h")
-    cols = x.sizes[-1]
+    cols = numel(x.sizes[len(kept) :])
     call = f"f32::mean(team, {pointer(x.buffer, x.offset)}, {out}, n * {numel(x.sizes) // cols}, {cols});"
     emitter.step(call, [x], made, node, "mean")
 
@@ -282,7 +302,7 @@ def _embedding(emitter: Emitter, node: fx.Node) -> None:
 
 
 NORM = Operator(_norm_refusal, _norm, by_row=True)
-ATTENTION = Operator(_attention_refusal, _attention)
+ATTENTION = Operator(_attention_refusal, _attention, by_row=True)
 SOFTMAX = Operator(_softmax_refusal, _softmax, by_row=True)
 MEAN = Operator(_mean_refusal, _mean, by_row=True)
 EMBEDDING = Operator(_embedding_refusal, _embedding, by_row=True)

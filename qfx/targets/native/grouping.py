@@ -58,8 +58,12 @@ def _folds(gm: fx.GraphModule, node: fx.Node) -> bool:
     return op.namespace in ("aten", "qfx") and torch.Tag.nondeterministic_seeded not in op.tags and not mutates(node)
 
 
-def groups_of(gm: fx.GraphModule, free: Collection[fx.Node], misses: list[NoMatch]) -> list[list[fx.Node]]:
+def groups_of(
+    gm: fx.GraphModule, free: Collection[fx.Node], misses: list[NoMatch], declined: Collection[fx.Node] = ()
+) -> list[list[fx.Node]]:
     """The nodes of each region, in order; ``misses`` gets the reasons of those that belong to none.
+
+    ``declined`` have no native form, whatever their operators say.
 
     A node's depth counts how often the way to it changes sides, between nodes with a native form (odd depths) and such
     without (even ones). No way between two nodes of one depth leads through the other side, so that all nodes of an odd
@@ -72,7 +76,7 @@ def groups_of(gm: fx.GraphModule, free: Collection[fx.Node], misses: list[NoMatc
         if node.op not in ("call_function", "call_module") or node in free:
             depth[node] = max(before.values(), default=0)
             continue
-        native = _has_native_form(gm, node, free, depth, misses)
+        native = node not in declined and _has_native_form(gm, node, free, depth, misses)
         reached = max((d + (d % 2 != native and n not in free) for n, d in before.items()), default=0)
         depth[node] = reached + (reached % 2 != native)
         if native:

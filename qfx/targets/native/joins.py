@@ -31,7 +31,7 @@ def _join(emitter: Emitter, node: fx.Node) -> None:
     parts: Any = node.args[0]
     views = [emitter.view(part) for part in parts]
     if name_of(node) == "stack":
-        views = [_unsqueezed(view, dim_of(node, len(view.sizes) + 1)) for view in views]
+        views = [_unsqueezed(view, emitter.axis(node, dim_of(node, value(node).ndim))) for view in views]
     if is_join_of_channels(node) and all(view.channels_last for view in views):
         whole = whole_of(emitter, node, views[0].element)
         fill = border_fill(whole, _zero(emitter, node))
@@ -40,7 +40,7 @@ def _join(emitter: Emitter, node: fx.Node) -> None:
     else:
         whole = emitter.new(node, views[0].element)
     emitter.values[node] = whole
-    dim = dim_of(node, len(whole.sizes))
+    dim = emitter.axis(node, dim_of(node, value(node).ndim))
     if any(not view.batched for view in views) or dim == 0:
         raise NotNative(f"{node} joins along the batch")
     start = 0
@@ -65,4 +65,4 @@ def _zero(emitter: Emitter, node: fx.Node) -> int:
     return next((int(leaf.data.zero_point) & 255 for leaf in leaves if isinstance(leaf, StaticLeaf)), 0)
 
 
-JOIN = Operator(_refusal, _join)
+JOIN = Operator(_refusal, _join, by_row=True)

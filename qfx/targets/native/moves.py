@@ -38,21 +38,28 @@ def _reshape(emitter: Emitter, node: fx.Node, view: View) -> View:
 
 def _permute(emitter: Emitter, node: fx.Node, view: View) -> View:
     order: Any = node.args[1]
-    return view.permute(tuple(d % len(view.sizes) for d in order))
+    axes = _axes(emitter, node)
+    return view.permute(tuple(axis for d in order for axis in axes[d % len(axes)]))
 
 
 def _transpose(emitter: Emitter, node: fx.Node, view: View) -> View:
-    dims = len(view.sizes)
-    order = list(range(dims))
-    a, b = (int(d) % dims for d in node.args[1:3]) if len(node.args) > 1 else (0, 1)  # type: ignore[arg-type]
-    order[a], order[b] = b, a
-    return view.permute(tuple(order))
+    axes = list(_axes(emitter, node))
+    a, b = (int(d) % len(axes) for d in node.args[1:3]) if len(node.args) > 1 else (0, 1)  # type: ignore[arg-type]
+    axes[a], axes[b] = axes[b], axes[a]
+    return view.permute(tuple(axis for both in axes for axis in both))
 
 
-def _dim(node: fx.Node, view: View, position: int = 1) -> int:
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    assert isinstance(dim, int)
-    found = dim % len(view.sizes)
+def _axes(emitter: Emitter, node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    """Of what ``node`` moves."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return emitter.sizes.axes(source)
+
+
+def _dim(emitter: Emitter, node: fx.Node, view: View, position: int = 1) -> int:
+    source, dim = node.args[0], node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    assert isinstance(source, fx.Node) and isinstance(dim, int)
+    found = emitter.axis(source, dim)
     if view.sizes[found] == BATCH:
         raise NotNative(f"{node} takes the batch apart")
     return found
@@ -70,19 +77,19 @@ def _whole(emitter: Emitter, node: fx.Node, position: int, otherwise: int) -> in
 
 
 def _select(emitter: Emitter, node: fx.Node, view: View) -> View:
-    dim = _dim(node, view)
+    dim = _dim(emitter, node, view)
     return view.select(dim, _whole(emitter, node, 2, 0) % view.sizes[dim])
 
 
 def _unbind(emitter: Emitter, node: fx.Node, view: View) -> Any:
-    dim = _dim(node, view)
+    dim = _dim(emitter, node, view)
     return tuple(view.select(dim, i) for i in range(view.sizes[dim]))
 
 
 def _slice(emitter: Emitter, node: fx.Node, view: View) -> View:
-    if all(size == have for size, have in zip(emitter.size(node), view.sizes, strict=True)):
+    if emitter.size(node) == view.sizes:
         return view
-    dim = _dim(node, view)
+    dim = _dim(emitter, node, view)
     start, step = _whole(emitter, node, 2, 0), _whole(emitter, node, 4, 1)
     begin = min(max(start + (view.sizes[dim] if start < 0 else 0), 0), view.sizes[dim])
     return view.narrow(dim, begin, emitter.size(node)[dim], step)
@@ -91,7 +98,7 @@ def _slice(emitter: Emitter, node: fx.Node, view: View) -> View:
 def _pieces(emitter: Emitter, node: fx.Node, view: View) -> Any:
     """Parts along one dimension, whose sizes the shapes tell."""
     sizes = emitter.sizes.of[node]
-    dim = _dim(node, view, 2)
+    dim = _dim(emitter, node, view, 2)
     found, start = [], 0
     for piece in sizes:
         found.append(view.narrow(dim, start, piece[dim]))
@@ -107,12 +114,9 @@ def _same(emitter: Emitter, node: fx.Node, view: View) -> View:
     return view
 
 
-_BY_ROW: dict[str, Any] = {
+_MOVES: dict[str, Any] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("contiguous", "clone", "detach", "alias", "to", "type_as", "_to_copy"), _same),
-}
-
-_BY_DIMENSION: dict[str, Any] = {
     "permute": _permute,
     "transpose": _transpose,
     "t": _transpose,
@@ -122,8 +126,6 @@ _BY_DIMENSION: dict[str, Any] = {
     "expand": _expand,
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _pieces),
 }
-
-_MOVES = _BY_ROW | _BY_DIMENSION
 
 
 def _refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
@@ -136,8 +138,5 @@ def _refusal(gm: fx.GraphModule, node: fx.Node) -> str | None:
     return None if other is None else f"native programs have no {other}"
 
 
-MOVES: dict[str, Operator] = {
-    **dict.fromkeys(_BY_ROW, Operator(_refusal, _move, by_row=True)),
-    **dict.fromkeys((*_BY_DIMENSION, "getitem"), Operator(_refusal, _move)),
-}
+MOVES: dict[str, Operator] = dict.fromkeys((*_MOVES, "getitem"), Operator(_refusal, _move, by_row=True))
 """By their ATen names."""

@@ -12,6 +12,7 @@ from qfx.targets.native.copies import dense_of, image_of
 from qfx.targets.native.emitter import Emitter, Operator
 from qfx.targets.native.epilogues import number, quantize_to
 from qfx.targets.native.images import base, border_fill
+from qfx.targets.native.not_native import NotNative
 from qfx.targets.native.program import ELEMENTS, pointer
 from qfx.targets.native.views import View, numel
 from qfx.targets.reference import PointLeaf
@@ -73,6 +74,8 @@ def _alike(emitter: Emitter, node: fx.Node) -> list[View]:
     views = [emitter.view(n) for n in node.args if isinstance(n, fx.Node)]
     if all(v.channels_last for v in views):
         return views
+    if len({v.sizes for v in views}) > 1 and node in emitter.sizes.joined:
+        raise NotNative(f"{node} repeats integers along the rows of all samples")
     if len({v.sizes for v in views}) > 1 or any(v.channels_last and not v.contiguous for v in views):
         return [image_of(emitter, v, str(node)) for v in views]
     return [v if v.contiguous and v.batched else dense_of(emitter, v, str(node)) for v in views]

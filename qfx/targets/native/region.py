@@ -34,8 +34,9 @@ class NativeRegion(Leaf):
     """Runs ``graph``, a lowered graph of leaves, as one program, compiled when it is first called with new sizes.
 
     With ``tune``, each layer's kernel is found by measurement, and a region that loses against float runs in float.
-    Where a program cannot be, ``graph`` itself runs: on other devices, under an exporter, and with what the generator
-    declines. :attr:`declined` says why.
+    Where a program cannot be, ``graph`` itself runs: on other devices, and under an exporter. Where the generator
+    declines some nodes, these run as in ``graph``, and what is around them in regions of their own. :attr:`declined`
+    says why.
     """
 
     def __init__(self, graph: fx.GraphModule, isa: str | None = None, tune: Tune | None = None) -> None:
@@ -57,29 +58,41 @@ class NativeRegion(Leaf):
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         if gradients or not all(runs_here(x) for x in inputs):
             return self.graph(*inputs)
-        outcome = self._outcome(inputs)
+        outcome = self.outcome(*inputs)
         if isinstance(outcome, Declined):
             return (outcome.instead or self.graph)(*inputs)
         outputs = outcome(*(x.contiguous() for x in inputs))
         return outputs if len(outputs) > 1 else outputs[0]
 
     @property
+    def outcomes(self) -> tuple[Compiled | Declined, ...]:
+        """What runs for each of the sizes that it was called with so far, in their order."""
+        return tuple(self._outcomes.values())
+
+    @property
     def programs(self) -> tuple[Compiled, ...]:
-        """Those that were made so far."""
-        return tuple(made for made in self._outcomes.values() if not isinstance(made, Declined))
+        """Those that were made so far; also of its parts, where it was cut."""
+        found: list[Compiled] = []
+        for made in self.outcomes:
+            found += [p for part in made.parts for p in part.programs] if isinstance(made, Declined) else [made]
+        return tuple(found)
 
     @property
     def declined(self) -> tuple[str, ...]:
-        """Why there was no program, for what was called so far; with both times, where float won."""
-        known = [made.reason for made in self._outcomes.values() if isinstance(made, Declined)]
-        return (*known, *(made.reason for made in self._passing))
+        """Why there was no program, for what was called so far; with both times, where float won. Also of its parts."""
+        known: list[str] = []
+        for made in (*self.outcomes, *self._passing):
+            if isinstance(made, Declined):
+                known += [made.reason, *(reason for part in made.parts for reason in part.declined)]
+        return tuple(known)
 
     def program(self, *inputs: Tensor) -> Compiled | None:
         """The program for inputs of such sizes, or None where something else runs."""
-        outcome = self._outcome(inputs)
+        outcome = self.outcome(*inputs)
         return None if isinstance(outcome, Declined) else outcome
 
-    def _outcome(self, inputs: tuple[Tensor, ...]) -> Compiled | Declined:
+    def outcome(self, *inputs: Tensor) -> Compiled | Declined:
+        """What runs for inputs of such sizes; it is made now if need be."""
         if not _one_batch(inputs):
             return self._pass(_MIXED)
         key = _key(inputs)
@@ -90,7 +103,7 @@ class NativeRegion(Leaf):
 
         with self._lock:
             if key not in self._outcomes:
-                if len(self.programs) >= MOST_PROGRAMS:
+                if sum(not isinstance(made, Declined) or bool(made.parts) for made in self.outcomes) >= MOST_PROGRAMS:
                     return self._pass(_MANY)
                 self._outcomes[key] = make(self.graph, inputs, self.isa, self.tune)
             return self._outcomes[key]

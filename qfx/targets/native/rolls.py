@@ -30,7 +30,8 @@ def _emit(emitter: Emitter, node: fx.Node) -> None:
     out = emitter.tensor(node, view.element)
     cuts: list[list[tuple[int, int, int, int]]] = []
     for shift, given in zip(shifts, dims, strict=True):
-        dim, size = int(given) % len(view.sizes), view.sizes[int(given)]
+        dim = emitter.axis(node, int(given))
+        size = view.sizes[dim]
         if size == BATCH:
             raise NotNative(f"{node} mixes samples")
         behind = int(shift) % max(size, 1)  # so many of the last come first
@@ -43,4 +44,4 @@ def _emit(emitter: Emitter, node: fx.Node) -> None:
         copy(emitter.program, source, target, str(node))
 
 
-ROLL = Operator(_refusal, _emit)
+ROLL = Operator(_refusal, _emit, by_row=True)
